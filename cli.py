@@ -1,0 +1,55 @@
+"""What every script's command line shares: one parser made from a dataclass, one kind of error, the exit codes.
+
+0    done
+2    the user must change something: one line on stderr, `error: what is wrong, and what mends it`
+3    the run diverged (train_single_gpu.py returns it)
+130  interrupted
+"""
+
+import contextlib
+import io
+import os
+import sys
+
+import tyro
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what is wrong, and the command or flag that mends it."""
+
+
+def parse(args_class, argv=None):
+    """Fill the dataclass `args_class` from the command line; the comment beside each field is its help text.
+
+    `--n_exp` and `--n-exp` are the same flag; a bool is `--use_x` / `--no_use_x`.
+    Raises UserError for what cannot be parsed, with the nearest flag where one is close.
+    """
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(args_class, args=argv)
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+    # tyro explains itself in a box: drop its frame, and what follows the first rule but for the suggestion.
+    lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line.startswith("│")]
+    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
+    message = " ".join(lines[:rule])
+    nearest = next((line.split()[0] for line in lines[rule:] if line.startswith("--")), None)
+    if nearest and "Unrecognized" in message:
+        message += f" - did you mean {nearest}?"
+    raise UserError(f"{message} (see {os.path.basename(sys.argv[0])} --help)")
+
+
+def run(main):
+    """Call `main()` and exit as the table above says. Anything that is not the user's to mend keeps its traceback."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `script | head`: the reader has left, which is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
