@@ -98,6 +98,9 @@ class Output(NamedTuple):
 # Cross-entropy without the logits
 
 
+LOGITS_PER_CHUNK = 2**27  # 512 MB in float32
+
+
 def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))  # float64, in the tests, stays as it is
 
@@ -144,7 +147,7 @@ def linear_cross_entropy(h, weight, targets, reduction="mean"):
 
     h (N, D) in the compute type, weight (V, D), targets (N,) int64. Returns a float32 scalar, or (N,) for "none".
     """
-    chunk = max(256, 2**27 // weight.shape[0])  # rows a chunk: 2**27 logits are 512 MB in float32
+    chunk = max(1, LOGITS_PER_CHUNK // weight.shape[0])  # rows
     if reduction == "mean" and torch.is_grad_enabled():
         return LinearCrossEntropy.apply(h, weight, targets, chunk)
     w = weight.to(h.dtype)
@@ -354,8 +357,8 @@ def grouped_linear_loop(x_ND: torch.Tensor, weight_EDF: torch.Tensor, bias_EF: t
                         ends_E: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """Rows ends[e-1]:ends[e] of x times weight[e], plus bias[e]: one product an expert, the bias inside it.
 
-    For CPU, where a kernel launch costs nothing, and for float32 on CUDA, which F.grouped_mm does not take (there the
-    row counts come to the host: right, not fast). A custom operator, so that torch.compile sees one node of fixed shape.
+    For CPU, where a launch costs nothing, and for float32 on CUDA, which F.grouped_mm does not take (there the
+    row counts come to the host: right, not fast). A custom operator: torch.compile sees one node of fixed shape.
     """
     y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
     start = 0
@@ -535,6 +538,11 @@ class GPT(nn.Module):
                 stacklevel=2,
             )
         self.config = config
+        with torch.random.fork_rng(devices=[]):  # torch's modules draw weights when made; init_weights draws again
+            self.build(config)
+        self.init_weights(generator)
+
+    def build(self, config):
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -546,7 +554,6 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        self.init_weights(generator)
 
     @torch.no_grad()
     def init_weights(self, generator=None):

@@ -1,0 +1,31 @@
+# make demo | test | lint | figures | bench: each sets up what it needs in .venv.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+demo: .venv/run
+	$(RUN) demo.py
+
+test: lint
+	$(RUN) -m pytest -n 2
+
+lint: .venv/dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+figures: .venv/dev
+	$(RUN) -c "import nbformat, nbclient; nbclient.NotebookClient(nbformat.read('plot_results.ipynb', as_version=4)).execute()"
+
+bench: .venv/run
+	for part in step scale moe tokenize loader hellaswag sample; do $(RUN) bench.py $$part || exit; done
+
+.venv/run: requirements.txt
+	test -x $(RUN) || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/run requirements-dev.txt
+	.venv/bin/pip install --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test lint figures bench

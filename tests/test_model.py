@@ -1,0 +1,555 @@
+"""model.py against plain references: every fast path with its outputs and all gradients."""
+
+import math
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import model as model_module
+from model import GPT, GPTConfig, MoE, linear_cross_entropy, sort_by_expert
+
+TINY = {"block_size": 32, "vocab_size": 61, "n_layer": 3, "n_head": 2, "n_embd": 16}
+VARIANTS = {
+    "dense": {},
+    "top_2": {"n_exp": 8},
+    "top_1": {"n_exp": 8, "top_k": 1},
+    "top_1_softmax": {"n_exp": 8, "top_k": 1, "gate": "softmax"},
+    "softmax": {"n_exp": 4, "gate": "softmax"},
+    "sigmoid": {"n_exp": 4, "gate": "sigmoid"},
+    "sigmoid_top_1": {"n_exp": 4, "gate": "sigmoid", "top_k": 1},
+    "noisy": {"n_exp": 8, "use_noisy_top_k": True},
+    "aux": {"n_exp": 8, "use_noisy_top_k": True, "use_aux_loss": True},
+    "z": {"n_exp": 8, "use_aux_loss": True, "use_router_z_loss": True},
+    "full_prec": {"n_exp": 8, "use_noisy_top_k": True, "router_use_full_prec": True},
+    "switch_init": {"n_exp": 8, "use_switch_tfm_init": True, "switch_tfm_init_scale": 0.1},
+    "bias_balance": {"n_exp": 8, "use_bias_balance": True},
+    "shared": {"n_exp": 4, "top_k": 1, "gate": "softmax", "n_shared_exp": 1},
+    "dropless": {"n_exp": 8, "train_capacity": math.inf, "eval_capacity": math.inf},
+    "tight": {"n_exp": 3, "train_capacity": 0.5, "min_capacity": 1},
+    "no_bias": {"n_exp": 8, "bias": False},
+    "all_experts": {"n_exp": 4, "top_k": 4},
+}
+
+
+def make(seed=0, **settings):
+    config = GPTConfig(**TINY | settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # top_k=1 with topk_softmax has its own test
+        model = GPT(config, torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():  # trained-like: no zero biases, no unit norms, routers that prefer
+        for name, p in model.named_parameters():
+            scale = 3.0 if ".router." in name else 0.3
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+        for _, moe in model.moe_layers():
+            if config.use_bias_balance:
+                moe.router.balance_bias.copy_(0.3 * torch.randn(config.n_exp, generator=generator))
+    return model
+
+
+def tokens(B=2, S=17, vocab=61, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocab, (B, S), generator=generator) for _ in range(2)]
+
+
+# -- the reference: one token and one choice at a time
+
+
+def naive_moe(moe, x, dropless=False):
+    """The layer as the papers write it: a loop over choices and tokens, capacity given out first choices first."""
+    config, experts = moe.config, moe.experts
+    x_TD = x.reshape(-1, x.shape[-1])
+    n_tokens = x_TD.shape[0]
+    logits = x_TD @ moe.router.w_g.weight.t()
+    if config.use_noisy_top_k and moe.training:
+        noise = torch.randn_like(logits)  # the layer's own draw, from the same seed
+        logits = logits + noise * F.softplus(x_TD @ moe.router.w_noise.weight.t())
+    probs = logits.softmax(-1)
+    scores = logits.sigmoid() if config.gate == "sigmoid" else probs
+    ranked = scores + moe.router.balance_bias if config.use_bias_balance else scores
+    factor = config.train_capacity if moe.training else config.eval_capacity
+    capacity = math.inf
+    if not dropless and factor < math.inf:
+        capacity = math.floor(config.top_k * factor * n_tokens / config.n_exp)
+        capacity = max(config.min_capacity, capacity + capacity % 2)
+    taken, out = [0] * config.n_exp, [torch.zeros_like(x_TD[0]) for _ in range(n_tokens)]
+    chosen = ranked.argsort(dim=-1, descending=True)[:, : config.top_k]
+    for k in range(config.top_k):
+        for t in range(n_tokens):
+            e = chosen[t, k].item()
+            taken[e] += 1
+            if taken[e] > capacity:
+                continue
+            picked = chosen[t]
+            if config.gate == "topk_softmax":
+                gate = logits[t, e].exp() / logits[t, picked].exp().sum()
+            elif config.gate == "sigmoid" and config.top_k > 1:
+                gate = scores[t, e] / scores[t, picked].sum()
+            else:
+                gate = scores[t, e]
+            h = x_TD[t] @ experts.c_fc[e] + (experts.fc_bias[e, 0] if config.bias else 0)
+            y = F.gelu(h, approximate="tanh") @ experts.c_proj[e] + (experts.proj_bias[e, 0] if config.bias else 0)
+            out[t] = out[t] + gate * y
+    out = torch.stack(out)
+    if moe.shared is not None:
+        out = out + moe.shared(x_TD)
+    aux = z = torch.zeros((), dtype=x.dtype)
+    if config.use_aux_loss:
+        load = torch.bincount(chosen.flatten(), minlength=config.n_exp) / n_tokens
+        aux = config.n_exp * (load * probs.mean(0)).sum()
+    if config.use_router_z_loss:
+        z = (logits.exp().sum(-1).log() ** 2).mean()
+    return out.view(x.shape), aux, z
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "dense"])
+def test_moe_layer_equals_the_loop_over_tokens(variant, training):
+    moe = make(**VARIANTS[variant]).double().moe_layers()[0][1].train(training)
+    x = torch.randn(3, 11, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(3, 11, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    results = []
+    for layer in (moe, lambda x: naive_moe(moe, x)):
+        moe.zero_grad()
+        torch.manual_seed(7)
+        x_ = x.clone().requires_grad_()
+        out, aux, z = layer(x_)
+        ((out * weight).sum() + 3 * aux + 2 * z).backward()
+        grads = {name: p.grad for name, p in moe.named_parameters() if p.grad is not None}
+        results.append((out, aux, z, x_.grad, grads))
+    (out, aux, z, grad, grads), (out_, aux_, z_, grad_, grads_) = results
+    for a, b in ((out, out_), (aux, aux_), (z, z_), (grad, grad_)):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert grads.keys() >= grads_.keys()
+    for name, ours in grads.items():
+        torch.testing.assert_close(ours, grads_.get(name, torch.zeros_like(ours)), rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("favoured", [0, 2])
+def test_an_expert_with_all_tokens_and_experts_with_none(favoured):
+    moe = make(n_exp=4, top_k=1, gate="softmax", train_capacity=math.inf).double().moe_layers()[0][1]
+    with torch.no_grad():
+        moe.router.w_g.weight.zero_()
+        moe.router.w_g.weight[favoured] = 1.0
+    x = torch.rand(1, 13, 16, dtype=torch.float64)
+    out, _, _ = moe(x)
+    torch.testing.assert_close(out, naive_moe(moe, x)[0])
+    out.sum().backward()
+    for e in range(4):
+        assert (moe.experts.c_fc.grad[e].abs().sum() > 0) == (e == favoured)
+    assert moe.load.tolist() == [float(e == favoured) for e in range(4)]
+
+
+def test_sort_by_expert_is_a_stable_sort():
+    expert_TK = torch.randint(5, (37, 3), generator=torch.Generator().manual_seed(0))
+    plan = sort_by_expert(expert_TK, 5)
+    expert_N = expert_TK.t().flatten()
+    assert plan.pair_N.tolist() == torch.argsort(expert_N, stable=True).tolist()
+    assert plan.row_N[plan.pair_N].tolist() == list(range(111))
+    assert plan.count_E.tolist() == torch.bincount(expert_N, minlength=5).tolist()
+    assert plan.ends_E.tolist() == plan.count_E.cumsum(0).tolist()
+    seen = [0] * 5
+    for e, place in zip(expert_N.tolist(), plan.place_N.tolist(), strict=True):
+        assert place == seen[e]
+        seen[e] += 1
+
+
+def test_capacity_is_the_published_formula():
+    moe = make(n_exp=8, train_capacity=1.25, eval_capacity=2.0).moe_layers()[0][1]
+    assert moe.capacity(1000) == 312  # floor(2 * 1.25 * 1000 / 8)
+    assert moe.capacity(1004) == 314  # 313, made even
+    assert moe.capacity(8) == 4  # min_capacity
+    assert moe.eval().capacity(1000) == 500
+    assert make(n_exp=2).moe_layers()[0][1].capacity(64) is None  # more than the tokens there are
+
+
+# -- the whole model
+
+
+@pytest.mark.parametrize("settings, total, active", [
+    ({"n_exp": 1}, 123_689_472, 123_689_472),
+    ({"n_exp": 8}, 322_068_480, 152_060_928),
+    ({"n_exp": 8, "use_noisy_top_k": True}, 322_068_480 + 36_864, 152_060_928 + 36_864),
+])  # fmt: skip
+def test_parameter_counts_are_the_published_ones(settings, total, active):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**settings))
+    assert (model.num_params(), model.num_active_params()) == (total, active)
+
+
+def test_flops_per_token():
+    with torch.device("meta"):
+        dense, moe = GPT(GPTConfig()), GPT(GPTConfig(n_exp=8))
+    assert dense.estimate_flops_per_token(1024) == pytest.approx(855e6, rel=1e-3)
+    assert moe.estimate_flops_per_token(1024) / dense.estimate_flops_per_token(1024) == pytest.approx(1.20, abs=0.002)
+
+
+def test_parameter_names_are_gpt2s_and_the_published_ones():
+    names = set(make(n_exp=4, use_noisy_top_k=True).state_dict())
+    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.bias", "lm_head.weight",
+            "transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.router.w_g.weight",
+            "transformer.h.0.mlp.router.w_noise.weight", "transformer.h.0.mlp.experts.c_fc",
+            "transformer.h.0.mlp.experts.c_proj", "transformer.h.0.mlp.experts.fc_bias",
+            "transformer.h.0.mlp.experts.proj_bias", "transformer.h.1.mlp.c_fc.weight",
+            "transformer.h.2.mlp.experts.c_fc"} <= names  # fmt: skip
+    experts = make(n_exp=4).transformer.h[0].mlp.experts
+    assert [tuple(p.shape) for p in (experts.c_fc, experts.c_proj, experts.fc_bias, experts.proj_bias)] == [
+        (4, 16, 64), (4, 64, 16), (4, 1, 64), (4, 1, 16)]  # fmt: skip
+
+
+def test_dense_logits_equal_transformers_gpt2():
+    transformers = pytest.importorskip("transformers")
+    shape = {"n_positions": 32, "vocab_size": 61, "n_layer": 3, "n_head": 2, "n_embd": 16}
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval()
+    ours = make().eval()
+    state = theirs.state_dict()
+    for name, value in ours.state_dict().items():
+        transposed = name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))  # GPT-2 keeps (in, out)
+        state[name].copy_(value.t() if transposed else value)
+    idx, targets = tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(idx).logits, theirs(idx).logits, rtol=1e-5, atol=1e-5)
+        loss = F.cross_entropy(theirs(idx).logits.flatten(0, 1), targets.flatten())
+        torch.testing.assert_close(ours(idx, targets).ce_loss, loss)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_loss_is_cross_entropy_plus_weighted_router_losses(variant):
+    model = make(**VARIANTS[variant])
+    idx, targets = tokens()
+    torch.manual_seed(3)
+    out = model(idx, targets)
+    torch.manual_seed(3)
+    plain = model(idx)
+    assert out.logits is None and plain.loss is None
+    ce = F.cross_entropy(plain.logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(out.ce_loss, ce)
+    torch.testing.assert_close(out.loss, ce + 0.01 * out.aux_loss + 0.001 * out.z_loss)
+    assert (out.aux_loss > 0) == bool(VARIANTS[variant].get("use_aux_loss"))
+    assert (out.z_loss > 0) == bool(VARIANTS[variant].get("use_router_z_loss"))
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_weights_of_the_router_losses_reach_the_loss():
+    idx, targets = tokens()
+    out = make(n_exp=4, use_aux_loss=True, use_router_z_loss=True, aux_loss_weight=5.0, router_z_loss_weight=7.0)(
+        idx, targets
+    )
+    torch.testing.assert_close(out.loss, out.ce_loss + 5 * out.aux_loss + 7 * out.z_loss)
+
+
+def test_ignored_targets_and_loss_per_position():
+    model = make(n_exp=4).eval()
+    idx, targets = tokens()
+    targets[0, 3:9] = -1
+    per_position = model(idx, targets, reduction="none").ce_loss
+    assert per_position.shape == targets.shape and (per_position[targets == -1] == 0).all()
+    torch.testing.assert_close(per_position.sum() / (targets >= 0).sum(), model(idx, targets).ce_loss)
+
+
+@pytest.mark.parametrize("rows_a_chunk", [1, 7, 32, 100])
+def test_chunked_cross_entropy_equals_torchs(rows_a_chunk, monkeypatch):
+    monkeypatch.setattr(model_module, "LOGITS_PER_CHUNK", rows_a_chunk * 50)
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(65, 8, dtype=torch.float64, generator=generator)
+    weight = torch.randn(50, 8, dtype=torch.float64, generator=generator)
+    targets = torch.randint(50, (65,), generator=generator)
+    targets[::9] = -1
+    results = []
+    for loss_of in (linear_cross_entropy, lambda h, w, t: F.cross_entropy(h @ w.t(), t, ignore_index=-1)):
+        h_, w_ = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        loss = loss_of(h_, w_, targets)
+        (2 * loss).backward()
+        results.append((loss.detach(), h_.grad, w_.grad))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(h, weight, targets), results[1][0])
+
+
+# -- routing
+
+
+@pytest.mark.parametrize("gate, top_k, learns", [
+    ("softmax", 1, True), ("sigmoid", 1, True), ("topk_softmax", 2, True), ("softmax", 2, True),
+    ("sigmoid", 2, True), ("topk_softmax", 1, False),
+])  # fmt: skip
+def test_the_router_gets_a_gradient(gate, top_k, learns):
+    model = make(n_exp=4, top_k=top_k, gate=gate)
+    model(*tokens()).loss.backward()
+    norm = model.transformer.h[0].mlp.router.w_g.weight.grad.norm().item()
+    assert norm > 1e-4 if learns else norm == 0.0
+
+
+def test_top_1_with_a_constant_gate_warns_once():
+    config = GPTConfig(**TINY, n_exp=4, top_k=1)
+    with pytest.warns(UserWarning, match="gate='softmax'") as caught:
+        GPT(config)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        GPT(GPTConfig(**TINY, n_exp=4, top_k=1, gate="softmax"))
+        GPT(GPTConfig(**TINY, n_exp=1, top_k=1))
+
+
+def test_balance_loss_equals_transformers():
+    module = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    model = make(n_exp=8, use_aux_loss=True)
+    seen = []
+    for _, moe in model.moe_layers():
+        moe.router.register_forward_hook(lambda module, args, routing: seen.append(routing.logits_TE))
+    out = model(*tokens())
+    theirs = sum(module.load_balancing_loss_func((logits,), num_experts=8, top_k=2) for logits in seen)
+    assert len(seen) == 2
+    torch.testing.assert_close(out.aux_loss, theirs)
+
+
+def test_uniform_routing_gives_a_balance_loss_of_k():
+    moe = make(n_exp=8, use_aux_loss=True).moe_layers()[0][1]
+    with torch.no_grad():
+        moe.router.w_g.weight.zero_()
+    moe.router.select = lambda logits, scores: torch.arange(2 * len(logits)).view(-1, 2) % 8
+    assert moe(torch.randn(1, 16, 16))[1].item() == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("variant", ["top_2", "top_1_softmax", "sigmoid", "bias_balance", "shared"])
+def test_dropless_hides_the_future_and_the_neighbours(variant):
+    """On a router that would overflow: with capacity the same change does reach earlier tokens (FACTS 3)."""
+    model = make(**VARIANTS[variant] | {"train_capacity": 0.5, "eval_capacity": 0.5, "min_capacity": 1}).eval()
+    idx, _ = tokens(B=3, S=24)
+    changed = idx.clone()
+    changed[0, 15:] = (changed[0, 15:] + 1) % 61
+    changed[1] = (changed[1] + 7) % 61
+    with torch.no_grad():
+        same = model(idx, dropless=True).logits - model(changed, dropless=True).logits
+        leaky = model(idx).logits - model(changed).logits
+    assert same[0, :15].abs().max() < 1e-4 and same[2].abs().max() < 1e-4
+    assert leaky[2].abs().max() > 1e-2
+
+
+def test_dropless_config_needs_no_flag():
+    model = make(n_exp=4, train_capacity=math.inf, eval_capacity=math.inf)
+    idx, _ = tokens()
+    assert torch.equal(model(idx).logits, model(idx, dropless=True).logits)
+    assert all(layer["drop_frac"] == 0 for layer in model.router_stats())
+
+
+def test_noise_is_drawn_in_training_only():
+    model = make(n_exp=8, use_noisy_top_k=True)
+    idx, targets = tokens()
+    assert model(idx, targets).ce_loss != model(idx, targets).ce_loss
+    model.eval()
+    state = torch.get_rng_state()
+    assert model(idx, targets).ce_loss == model(idx, targets).ce_loss
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("full_prec", [False, True])
+def test_router_precision(full_prec, noisy):
+    """Under bf16 autocast: float32 logits with router_use_full_prec, bf16 products without, even on a bf16 input."""
+    moe = make(n_exp=8, router_use_full_prec=full_prec, use_noisy_top_k=noisy).moe_layers()[0][1].eval()
+    x_TD = torch.randn(50, 16)
+    exact = x_TD @ moe.router.w_g.weight.t()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = moe.router.logits(x_TD)
+        from_bf16 = moe.router.logits(x_TD.bfloat16())
+    assert ours.dtype == from_bf16.dtype == torch.float32
+    assert torch.allclose(ours, exact, atol=1e-5) == full_prec
+    assert torch.allclose(from_bf16, x_TD.bfloat16().float() @ moe.router.w_g.weight.t(), atol=1e-5) == full_prec
+
+
+def test_router_stats_of_the_last_forward():
+    model = make(n_exp=4, train_capacity=0.5, min_capacity=1)
+    seen = []
+    for _, moe in model.moe_layers():
+        moe.router.register_forward_hook(lambda module, args, routing: seen.append(routing))
+    idx, targets = tokens()
+    model(idx, targets)
+    first = model.router_stats()
+    model(targets, idx)
+    assert model.router_stats() != first
+    assert [layer["layer"] for layer in first] == [0, 2]
+    for layer, routing in zip(first, seen[:2], strict=True):
+        counts = torch.bincount(routing.expert_TK.flatten(), minlength=4).double()
+        assert layer["load"] == pytest.approx((counts / counts.sum()).tolist())
+        assert sum(layer["load"]) == pytest.approx(1)
+        assert layer["max_vio"] == pytest.approx((counts.max() / counts.mean() - 1).item(), rel=1e-5)
+        capacity = 10  # floor(2 * 0.5 * 34 / 4) = 8, even; dropped is what stands behind it
+        capacity = max(1, math.floor(2 * 0.5 * 34 / 4))
+        capacity += capacity % 2
+        assert layer["drop_frac"] == pytest.approx((counts - capacity).clamp(min=0).sum().item() / counts.sum().item())
+        probs = routing.logits_TE.softmax(-1)
+        assert layer["entropy"] == pytest.approx(-(probs * probs.log()).sum(-1).mean().item(), rel=1e-4)
+        assert layer["max_logit"] == pytest.approx(routing.logits_TE.abs().max().item())
+
+
+def test_two_models_never_mix_and_forwards_leave_nothing_behind():
+    """FACTS 12: a module-level list made a training step pay for earlier forwards."""
+    model, other = make(n_exp=4, use_aux_loss=True), make(seed=5, n_exp=4, use_aux_loss=True)
+    idx, targets = tokens()
+    before = model(idx, targets)
+    for _ in range(3):
+        model(idx)
+        other(idx, targets)
+    after = model(idx, targets)
+    assert torch.equal(before.loss, after.loss) and torch.equal(before.aux_loss, after.aux_loss)
+
+
+def test_bias_balancing_evens_the_load():
+    moe = make(n_exp=4, use_bias_balance=True, train_capacity=math.inf).moe_layers()[0][1]
+    with torch.no_grad():
+        moe.router.balance_bias.zero_()
+        moe.router.w_g.weight.mul_(0.1)
+    wrapper = torch.nn.Module()
+    wrapper.moe_layers = lambda: [(0, moe)]
+    x = torch.randn(1, 256, 16, generator=torch.Generator().manual_seed(0)) + 1.0
+    imbalance = []
+    for _ in range(100):
+        moe(x)
+        imbalance.append(moe.load.max().item() * 4 - 1)
+        old, count = moe.router.balance_bias.clone(), moe.count.clone()
+        GPT.update_balance_bias(wrapper, 0.01)
+        torch.testing.assert_close(moe.router.balance_bias - old, 0.01 * torch.sign(count.mean() - count))
+    assert imbalance[0] > 0.2 and imbalance[-1] < 0.06
+    moe.eval()(x)
+    assert moe.count.sum() == 0  # evaluation does not move the balance
+    assert "router.balance_bias" in moe.state_dict()
+
+
+# -- initialisation and optimizer
+
+
+def test_initial_loss_and_standard_deviations():
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=256, vocab_size=1000, n_exp=4), torch.Generator().manual_seed(0))
+    std = {name: p.std().item() for name, p in model.named_parameters()}
+    residual = 0.02 / math.sqrt(8)
+    for name, expected in (("wte.weight", 0.02), ("h.0.attn.c_attn.weight", 0.02), ("h.0.mlp.router.w_g.weight", 0.02),
+                           ("h.0.mlp.experts.c_fc", 0.02), ("h.0.mlp.experts.c_proj", residual),
+                           ("h.1.mlp.c_proj.weight", residual), ("h.1.attn.c_proj.weight", residual)):  # fmt: skip
+        assert std["transformer." + name] == pytest.approx(expected, rel=0.05), name
+    idx, targets = tokens(vocab=1000)
+    assert model(idx, targets).ce_loss.item() == pytest.approx(math.log(1000), abs=0.2)
+
+
+def test_switch_init_reaches_the_moe_layers_only():
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 256, "vocab_size": 100, "n_exp": 4, "use_noisy_top_k": True}
+    config = GPTConfig(**shape, use_switch_tfm_init=True, switch_tfm_init_scale=0.1)
+    switch, plain = (GPT(c, torch.Generator().manual_seed(0)) for c in (config, GPTConfig(**shape)))
+    std = {name: p.std().item() for name, p in switch.named_parameters()}
+    # a normal cut at 2 std keeps 0.88 of it
+    for name, fan_in in (("router.w_g.weight", 256), ("router.w_noise.weight", 256), ("experts.c_fc", 256),
+                         ("experts.c_proj", 1024)):  # fmt: skip
+        assert std[f"transformer.h.0.mlp.{name}"] == pytest.approx(0.88 * math.sqrt(0.1 / fan_in), rel=0.05), name
+        limit = 2 * math.sqrt(0.1 / fan_in)
+        assert dict(switch.named_parameters())[f"transformer.h.0.mlp.{name}"].abs().max() <= limit
+    for name, p in plain.named_parameters():
+        if ".router." not in name and ".experts." not in name:
+            assert std[name] == pytest.approx(p.std().item(), rel=0.1, abs=1e-6), name
+
+
+def test_an_uncovered_parameter_is_an_error():
+    model = make()
+    model.extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(RuntimeError, match="extra"):
+        model.init_weights()
+
+
+def test_weight_decay_spares_biases_and_norms():
+    model = make(n_exp=4, use_noisy_top_k=True, n_shared_exp=1)
+    decayed, plain = model.optimizer_groups(0.1)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert decayed["weight_decay"] == 0.1 and plain["weight_decay"] == 0.0
+    kept = {names[id(p)] for p in plain["params"]}
+    assert {"transformer.h.0.mlp.experts.fc_bias", "transformer.h.0.mlp.experts.proj_bias"} <= kept
+    assert kept == {name for name in names.values() if "bias" in name or ".ln_" in name}
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+
+
+def test_same_generator_same_weights_and_the_global_one_untouched():
+    state = torch.get_rng_state()
+    a, b = (GPT(GPTConfig(**TINY, n_exp=4), torch.Generator().manual_seed(3)) for _ in range(2))
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("wrong, named", [
+    ({"n_embd": 18, "n_head": 4}, "n_head"), ({"n_exp": 2, "top_k": 3}, "top_k"), ({"n_layer": 0}, "n_layer"),
+    ({"eval_capacity": math.nan}, "eval_capacity"), ({"train_capacity": -1}, "train_capacity"),
+    ({"train_capacity": 0}, "train_capacity"),
+    ({"dropout": 1.0}, "dropout"), ({"aux_loss_weight": math.nan}, "aux_loss_weight"), ({"n_exp": 0}, "n_exp"),
+    ({"router_z_loss_weight": -1.0}, "router_z_loss_weight"), ({"n_shared_exp": -1}, "n_shared_exp"),
+    ({"stride": 0}, "stride"), ({"switch_tfm_init_scale": 0.0}, "switch_tfm_init_scale"),
+])  # fmt: skip
+def test_impossible_configurations_are_refused(wrong, named):
+    with pytest.raises(ValueError, match=named):
+        GPTConfig(**wrong)
+
+
+def test_more_tokens_than_positions():
+    with pytest.raises(ValueError, match="block_size 32"):
+        make()(torch.zeros(1, 33, dtype=torch.long))
+
+
+# -- precision, compilation, size
+
+
+@pytest.mark.parametrize("variant", ["dense", "top_2", "z", "shared"])
+def test_bf16_autocast_agrees_with_float32(variant):
+    model = GPT(GPTConfig(**TINY | {"n_embd": 64}, **VARIANTS[variant]), torch.Generator().manual_seed(0))
+    idx, targets = tokens(B=4, S=32)
+    losses, grads = [], []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = model(idx, targets)
+        out.loss.backward()
+        assert out.ce_loss.dtype == torch.float32
+        losses.append(out.ce_loss.item())
+        grads.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    for name in ("transformer.wte.weight", "transformer.h.2.attn.c_attn.weight", "transformer.ln_f.weight"):
+        a, b = grads[0][name], grads[1][name]
+        assert ((a - b).norm() / a.norm()).item() < 2e-2, name
+
+
+@pytest.mark.parametrize("variant", ["dense", "noisy", "z", "bias_balance", "tight"])
+def test_no_graph_breaks_and_no_recompiles(variant):
+    """One graph, whatever the routing: no host synchronisation, no shape that depends on data (fullgraph raises)."""
+    torch._dynamo.reset()
+    model = make(**VARIANTS[variant])
+    eager = make(**VARIANTS[variant])
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for seed in range(4):
+        idx, targets = tokens(seed=seed)
+        torch.manual_seed(seed)
+        compiled(idx, targets).loss.backward()
+        torch.manual_seed(seed)
+        eager(idx, targets).loss.backward()
+    assert counter.frame_count == 1
+    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=name)
+    assert model.router_stats() == eager.router_stats()
+
+
+def test_micro_batches_add_up_to_the_big_batch():
+    model = make().double()
+    idx, targets = tokens(B=4)
+    model(idx, targets).loss.backward()
+    whole = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for part in range(2):
+        (model(idx[2 * part : 2 * part + 2], targets[2 * part : 2 * part + 2]).loss / 2).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, whole[name], msg=name)
+
+
+def test_layer_type():
+    assert [block.is_moe for block in make(n_exp=4, n_layer=5, stride=2).transformer.h] == [True, False] * 2 + [True]
+    assert [block.is_moe for block in make(n_exp=4, n_layer=4, stride=3).transformer.h] == [True, False, False, True]
+    assert isinstance(make(n_exp=4).transformer.h[0].mlp, MoE) and not make().moe_layers()
