@@ -27,16 +27,17 @@ from datetime import date, timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import hellaswag
 import numpy as np
-import sample
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import cli
+import hellaswag
 import runlog
+import sample
+import sharding
 from atomic import atomic_write
 from cli import UserError
 from dataloader import DataLoader
@@ -172,6 +173,10 @@ def check_args(args, world_size):
         raise UserError(f"--T {args.T} is more than --block_size {args.block_size}: lower --T")
     if args.fsdp and world_size == 1:
         raise UserError("--fsdp shards over ranks: start with torchrun --nproc_per_node=N, or leave it out")
+    if args.fsdp and args.optimizer != "adamw":
+        raise UserError(
+            f"--fsdp works with --optimizer adamw, not {args.optimizer}, whose state has no parameter's shape"
+        )
     model_config(args)
 
 
@@ -220,10 +225,16 @@ class Machine(NamedTuple):
     dtype: torch.dtype  # of autocast; float32: no autocast
     rank: int
     world_size: int
+    fsdp: bool
 
     @property
     def is_main(self):
         return self.rank == 0
+
+    @property
+    def eval_share(self):
+        """(rank, world size) for sharing out evaluation. Under FSDP all do all: each forward needs every rank."""
+        return (0, 1) if self.fsdp else (self.rank, self.world_size)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -253,7 +264,7 @@ def set_up_machine(args):
         dist.init_process_group(backend, timeout=timedelta(seconds=args.dist_timeout))
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-    return Machine(device, torch.bfloat16 if bf16 else torch.float32, rank, world_size)
+    return Machine(device, torch.bfloat16 if bf16 else torch.float32, rank, world_size, args.fsdp)
 
 
 def gather_sum(value, machine):
@@ -288,7 +299,7 @@ def build_model(args, machine):
 def parallelize(model, args, machine):
     """What is called in training: the model compiled and, over several ranks, wrapped. It shares its parameters."""
     if args.fsdp:
-        return checkpoint.shard(model)
+        return sharding.shard(model)
     compiled = args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu)
     called = torch.compile(model) if compiled else model
     if machine.world_size > 1:  # buffers are statistics and the balance bias, which every rank computes alike
@@ -406,7 +417,8 @@ def mean_loss(model, loader, steps, machine):
     was_training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
-    for i in range(machine.rank, steps, machine.world_size):
+    rank, world_size = machine.eval_share
+    for i in range(rank, steps, world_size):
         x, y = loader.batch_at(i)
         with machine.autocast():
             total += torch.tensor([model(x, y).ce_loss.item(), 1.0], dtype=torch.float64)
@@ -523,7 +535,8 @@ def evaluate(model, val_loader, examples, tokenizer, args, machine, step, log, c
         streams["val"] = mean_loss(model, val_loader, args.val_loss_steps, machine)
     hellaswag_every = args.val_loss_every if args.hellaswag_every is None else args.hellaswag_every
     if examples is not None and due(step, hellaswag_every, args.max_steps):
-        result = hellaswag.evaluate(model, examples, machine.device, rank=machine.rank, world_size=machine.world_size)
+        rank, world_size = machine.eval_share
+        result = hellaswag.evaluate(model, examples, machine.device, rank=rank, world_size=world_size)
         streams["hella"] = result.acc_norm
     if streams:
         log.write(step, streams)
@@ -589,8 +602,7 @@ def train(args, machine, log_path, folder, console):
     optimizer = build_optimizer(model, args)
     progress = Progress()
     if state is not None:
-        checkpoint.fill(model, state["model"], folder)
-        optimizer.load_state_dict(state["optimizer"])
+        restore(state, model, optimizer, args, folder)
         loader.load_state_dict(state["loader"])
         progress = Progress(**state["progress"])
     del state
@@ -637,11 +649,19 @@ def train(args, machine, log_path, folder, console):
         log.close()
 
 
+def restore(state, model, optimizer, args, source):
+    if args.fsdp:
+        sharding.fill(model, optimizer, state)
+    else:
+        checkpoint.fill(model, state["model"], source)
+        optimizer.load_state_dict(state["optimizer"])
+
+
 def run_state(args, model, optimizer, loader, tokenizer, progress):
     """All that a checkpoint holds. Under FSDP every rank takes part in gathering it."""
     return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "model": sharding.whole(model.state_dict()),
+        "optimizer": sharding.whole(optimizer.state_dict()),
         "loader": loader.state_dict(),
         "progress": dataclasses.asdict(progress),
         "step": progress.step,
@@ -676,8 +696,8 @@ def evaluate_only(args, machine):
     return 0
 
 
-def main():
-    args = cli.parse(Args)
+def run(args):
+    """What the command line does with these settings; returns the exit code."""
     machine = set_up_machine(args)
     try:
         if args.eval_only:
@@ -688,6 +708,10 @@ def main():
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def main():
+    return run(cli.parse(Args))
 
 
 if __name__ == "__main__":
