@@ -37,7 +37,6 @@ import cli
 import hellaswag
 import runlog
 import sample
-import sharding
 from atomic import atomic_write
 from cli import UserError
 from dataloader import DataLoader
@@ -102,7 +101,7 @@ class Args:
     max_lr: float = 6e-4  # peak learning rate
     min_lr: float | None = None  # learning rate at max_steps (default: a tenth of max_lr)
     warmup_steps: int = 2000  # steps of linear warmup
-    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: factored second moments, a third of the state
+    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: little state, max_lr relative to a weight's size
     weight_decay: float = 0.1  # on weights, not on biases and norms
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
@@ -299,6 +298,8 @@ def build_model(args, machine):
 def parallelize(model, args, machine):
     """What is called in training: the model compiled and, over several ranks, wrapped. It shares its parameters."""
     if args.fsdp:
+        import sharding  # here: a second to import, and few runs want it
+
         return sharding.shard(model)
     compiled = args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu)
     called = torch.compile(model) if compiled else model
@@ -651,6 +652,8 @@ def train(args, machine, log_path, folder, console):
 
 def restore(state, model, optimizer, args, source):
     if args.fsdp:
+        import sharding
+
         sharding.fill(model, optimizer, state)
     else:
         checkpoint.fill(model, state["model"], source)
@@ -659,9 +662,12 @@ def restore(state, model, optimizer, args, source):
 
 def run_state(args, model, optimizer, loader, tokenizer, progress):
     """All that a checkpoint holds. Under FSDP every rank takes part in gathering it."""
-    return {
-        "model": sharding.whole(model.state_dict()),
-        "optimizer": sharding.whole(optimizer.state_dict()),
+    weights = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    if args.fsdp:
+        import sharding
+
+        weights = sharding.whole(weights)
+    return weights | {
         "loader": loader.state_dict(),
         "progress": dataclasses.asdict(progress),
         "step": progress.step,

@@ -1,0 +1,416 @@
+"""The training script: tiny runs of the real thing, in this process or as a user starts it."""
+
+import ast
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN, flags, lines
+
+import checkpoint
+import runlog
+import train_single_gpu as trainer
+from cli import UserError
+from dataloader import DataLoader
+from model import GPTConfig
+
+ROOT = Path(trainer.__file__).parent
+NOISY = {"use_noisy_top_k": True, "use_aux_loss": True, "use_router_z_loss": True}
+
+
+def command(*more, **settings):
+    return [sys.executable, str(ROOT / "train_single_gpu.py"), *flags(TINY_RUN | settings), *more]
+
+
+def log_of(run_id="test", name="moe_n_exp_4"):
+    return Path(f"logs/log_{name}_{run_id}_seed_1337.txt")
+
+
+# -- settings
+
+
+def test_defaults_are_the_published_ones():
+    published = {
+        "total_batch_size": 524_288, "B": 16, "T": 1024, "vocab_size": 50304, "use_compile": True, "max_lr": 6e-4,
+        "warmup_steps": 2000, "max_steps": 190_730, "val_loss_steps": 20, "val_loss_every": 250,
+        "sample_from_model_every": 250, "save_checkpoint_every": 10_000, "n_exp": 8, "top_k": 2, "stride": 2,
+        "aux_loss_weight": 0.01, "router_z_loss_weight": 0.001, "train_capacity": 1.25, "eval_capacity": 2.0,
+        "min_capacity": 4, "switch_tfm_init_scale": 1.0, "n_layer": 12, "n_head": 12, "n_embd": 768,
+    }  # fmt: skip
+    args = trainer.Args()
+    assert {name: getattr(args, name) for name in published} == published
+    assert trainer.learning_rate(args.max_steps, args) == pytest.approx(6e-5)
+
+
+def test_every_setting_is_read_and_explained():
+    """FACTS 13: flags that were parsed and never used."""
+    source = "\n".join((ROOT / name).read_text() for name in ("train_single_gpu.py", "report.py"))
+    read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    fields = {field.name for field in dataclasses.fields(trainer.Args)}
+    assert fields <= read | set(trainer.MODEL_FIELDS)
+    assert set(trainer.MODEL_FIELDS) <= fields
+    help_text = subprocess.run(command("--help"), capture_output=True, text=True, check=True).stdout
+    for name in fields:
+        assert f"--{name.replace('_', '-')}" in help_text
+    section = (ROOT / "train_single_gpu.py").read_text().split("class Args:")[1].split("POSITIVE")[0]
+    assert all("#" in line for line in section.splitlines() if line.startswith("    ") and ": " in line and "=" in line)
+
+
+def test_settings_reach_the_model(train):
+    """Values unlike the defaults, read back from the model of the checkpoint."""
+    unlike = {
+        "n_exp": 3, "top_k": 3, "stride": 1, "gate": "sigmoid", "n_shared_exp": 1, "use_noisy_top_k": True,
+        "use_aux_loss": True, "use_router_z_loss": True, "use_bias_balance": True, "aux_loss_weight": 0.5,
+        "router_z_loss_weight": 0.25, "train_capacity": 3.0, "eval_capacity": math.inf, "min_capacity": 7,
+        "use_switch_tfm_init": True, "switch_tfm_init_scale": 0.1, "router_use_full_prec": True, "dropout": 0.1,
+        "bias": False, "balance_scope": "global", "block_size": 48,
+    }  # fmt: skip
+    train(**unlike, max_steps=1, name="unlike")
+    model, _ = checkpoint.load_model("checkpoints/unlike_test_seed_1337/step_000001.pt")
+    assert dataclasses.asdict(model.config) == dataclasses.asdict(
+        GPTConfig(**unlike, vocab_size=257, n_layer=2, n_head=2, n_embd=32)
+    )
+
+
+@pytest.mark.parametrize("settings, name", [
+    ({"n_exp": 1, "use_noisy_top_k": True}, "no_moe"), ({}, "moe"), ({"use_noisy_top_k": True}, "moe_noisy_top_k"),
+    (NOISY, "moe_noisy_top_k_aux_loss_router_z_loss"), ({"top_k": 1}, "moe_top_k_1"),
+    ({"top_k": 1, "use_noisy_top_k": True}, "moe_top_k_1_noisy_top_k"),
+    (NOISY | {"router_use_full_prec": True, "use_switch_tfm_init": True},
+     "moe_noisy_top_k_aux_loss_router_z_loss_switch_tfm_init_router_full_prec"),
+    ({"train_capacity": math.inf, "gate": "sigmoid"}, "moe_gate_sigmoid_dropless"),
+    ({"train_capacity": 2.0, "n_shared_exp": 1}, "moe_shared_1_capacity_2"),
+    ({"use_switch_tfm_init": True, "switch_tfm_init_scale": 0.1, "use_bias_balance": True},
+     "moe_switch_tfm_init_init_scale_0.1_bias_balance"),
+])  # fmt: skip
+def test_names_are_the_published_ones(settings, name):
+    assert trainer.variant_name(trainer.Args(**settings)) == name
+
+
+def test_learning_rate():
+    args = trainer.Args(max_lr=1.0, min_lr=0.2, warmup_steps=10, max_steps=110)
+    assert trainer.learning_rate(0, args) == pytest.approx(0.1)
+    assert trainer.learning_rate(9, args) == trainer.learning_rate(10, args) == pytest.approx(1.0)
+    assert trainer.learning_rate(60, args) == pytest.approx(0.6)
+    assert trainer.learning_rate(110, args) == trainer.learning_rate(500, args) == pytest.approx(0.2)
+    assert trainer.learning_rate(0, dataclasses.replace(args, warmup_steps=0)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"total_batch_size": 1000}, "nearest is --total_batch_size 1024"), ({"n_exp": 2, "top_k": 3}, "top_k 3"),
+    ({"n_embd": 30, "n_head": 4}, "n_head"), ({"max_lr": -1.0}, "max_lr"), ({"max_lr": math.nan}, "max_lr"),
+    ({"min_lr": math.inf}, "min_lr"), ({"train_capacity": 0.0}, "train_capacity"), ({"block_size": 16}, "block_size"),
+    ({"weight_decay": math.nan}, "weight_decay"), ({"B": 0}, "B"), ({"T": -1}, "T"), ({"max_steps": 0}, "max_steps"),
+    ({"grad_clip": 0.0}, "grad_clip"), ({"beta1": 1.0}, "beta1"), ({"beta2": -0.1}, "beta2"),
+    ({"val_loss_every": -1}, "val_loss_every"), ({"hellaswag_every": -5}, "hellaswag_every"), ({"seed": -1}, "seed"),
+    ({"dropout": 1.5}, "dropout"), ({"device": "cuda:7"}, "--device"), ({"device": "gpu"}, "--device"),
+    ({"fsdp": True}, "torchrun"), ({"data_root": "nowhere"}, "nowhere"), ({"vocab_size": 100}, "vocab_size 257"),
+    ({"init_from": "nowhere/at/all"}, "nowhere/at/all"), ({"resume": "nowhere.pt"}, "nowhere.pt"),
+    ({"run_id": "a/b"}, "run_id"), ({"hellaswag_data": "no.jsonl", "hellaswag_every": 5}, "no.jsonl"),
+    ({"router_z_loss_weight": -1.0}, "router_z_loss_weight"), ({"keep_checkpoints": 0}, "keep_checkpoints"),
+    ({"logs_dir": "/proc/nowhere"}, "logs_dir"), ({"warmup_steps": -1}, "warmup_steps"), ({"stride": 0}, "stride"),
+    ({"total_batch_size": 0}, "total_batch_size"), ({"switch_tfm_init_scale": 0.0}, "switch_tfm_init_scale"),
+])  # fmt: skip
+def test_what_a_user_can_mend_is_one_line(train, wrong, said):
+    with pytest.raises(UserError, match=said) as error:
+        train(**wrong)
+    assert "\n" not in str(error.value)
+    assert not list(Path().rglob("*.pt")) and not list(Path().rglob("log_*.txt"))
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--n_expp", "3"], "did you mean --n-exp"), (["--max_lr", "fast"], "--max-lr"), (["--gate", "relu"], "relu"),
+    (["--B"], "--B"), (["--use_noisy_top_k", "yes"], "yes"), (["--B", "1.5"], "--B"),
+])  # fmt: skip
+def test_what_cannot_be_parsed_exits_2(words, said):
+    done = subprocess.run([sys.executable, ROOT / "train_single_gpu.py", *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr
+
+
+# -- learning
+
+
+def test_golden_curve(train):
+    """Twenty steps to four digits: whoever changes this changed what is computed."""
+    _, streams = train(max_steps=20, val_loss_every=10, **NOISY)
+    golden = {"train": GOLDEN_TRAIN, "val": GOLDEN_VAL}
+    for name, values in golden.items():
+        assert streams[name][1][:: 4 if name == "train" else 1] == pytest.approx(values, abs=2e-4), name
+
+
+GOLDEN_TRAIN = [5.5825, 5.0798, 4.4952, 4.0296, 3.7883]
+GOLDEN_VAL = [5.5693, 4.2445, 3.7041]
+
+
+@pytest.mark.parametrize("settings", [
+    {"n_exp": 1}, {"n_exp": 4}, {"n_exp": 4, "top_k": 1, "gate": "softmax"}, {"dtype": "bfloat16"},
+    {"optimizer": "adafactor", "max_lr": 0.3}, {"use_bias_balance": True}, {"init_from": "scratch", "dropout": 0.1},
+], ids=str)  # fmt: skip
+def test_loss_falls(train, settings):
+    _, streams = train(**{"max_steps": 60, "max_lr": 1e-2} | settings)
+    val = streams["val"][1]
+    assert val[0] == pytest.approx(math.log(257), abs=0.2)
+    assert val[-1] < 2.7
+    assert streams["val"][0].tolist() == list(range(0, 61, 5)) and len(streams["train"][0]) == 60
+
+
+def test_streams_of_a_moe_and_of_a_dense_run(train):
+    _, moe = train(**NOISY)
+    _, dense = train(n_exp=1)
+    common = {"train", "val", "lr", "grad_norm", "tok_per_sec", "hours"}
+    assert set(dense) == common
+    router = {"aux_loss", "z_loss", "max_vio", "drop_frac", "router_entropy", "router_logit"}
+    assert set(moe) == common | router | {f"load_0_{e}" for e in range(4)}
+    assert sum(moe[f"load_0_{e}"][1][0] for e in range(4)) == pytest.approx(1, abs=1e-5)
+    about = json.loads(log_of("test", "no_moe").with_suffix(".json").read_text())
+    assert about["args"]["n_exp"] == 1 and about["params_total"] == about["params_active"] > 0
+    assert {"commit", "torch", "device", "flops_per_token", "tokens_per_step", "config"} <= set(about)
+
+
+def test_val_is_cross_entropy_alone(train, shards):
+    """FACTS 1: with router losses of any weight, val at step 0 is the same number."""
+    _, light = train(**NOISY, run_id="a")
+    _, heavy = train(**NOISY, run_id="b", aux_loss_weight=3.0, router_z_loss_weight=3.0)
+    assert light["val"][1][0] == heavy["val"][1][0]
+    model, _ = checkpoint.load_model("checkpoints/moe_noisy_top_k_aux_loss_router_z_loss_n_exp_4_a_seed_1337")
+    loader = DataLoader(shards, "val", B=4, T=32, vocab_size=257)
+    with torch.no_grad():
+        losses = [model(*loader.batch_at(i)).ce_loss.item() for i in range(2)]
+    assert light["val"][1][-1] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
+def test_micro_batches_do_not_change_the_run(train):
+    """A dense model: the loss over micro-batches is the loss of the big batch."""
+    runs = [train(n_exp=1, B=B, run_id=f"b{B}")[1]["train"][1] for B in (8, 4, 1)]
+    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5)
+    np.testing.assert_allclose(runs[2], runs[0], rtol=1e-5)
+
+
+def test_another_seed_is_another_run_on_the_same_data(train):
+    a, b = (train(seed=seed)[1]["train"][1] for seed in (1, 2))
+    assert a[0] != b[0] and a[0] == pytest.approx(b[0], abs=0.1)
+
+
+# -- the same run again
+
+
+def test_same_seed_same_log_and_evaluation_leaves_no_trace(train):
+    settings = NOISY | {"dropout": 0.1}
+    train(**settings, name="a")
+    train(**settings, name="b")
+    assert lines(log_of(name="a")) == lines(log_of(name="b"))
+    train(**settings, name="c", sample_from_model_every=2, val_loss_every=3, save_checkpoint_every=4)
+    train(**settings, name="d", val_loss_every=0)
+    a, c, d = (runlog.read(log_of(name=name)) for name in "acd")
+    for stream in ("train", "grad_norm", "aux_loss", "router_entropy", "max_vio"):
+        assert a[stream][1].tolist() == c[stream][1].tolist() == d[stream][1].tolist(), stream
+    assert "val" not in d
+
+
+@pytest.mark.parametrize("settings", [
+    NOISY | {"dropout": 0.1}, {"n_exp": 1}, {"use_bias_balance": True, "sample_from_model_every": 3},
+    {"optimizer": "adafactor"},
+], ids=str)  # fmt: skip
+def test_a_resumed_run_is_the_run_left_alone(train, settings):
+    settings = settings | {"save_checkpoint_every": 3, "keep_checkpoints": 9}
+    train(**settings, name="left")
+    train(**settings, name="cut")
+    folder = Path("checkpoints/cut_test_seed_1337")
+    for step in (9, 3, 6):
+        for path in checkpoint.checkpoints(folder):
+            if int(path.stem[5:]) > step:
+                path.unlink()
+        with open(log_of(name="cut"), "a") as f:
+            f.write("11 tra")  # cut off in the middle of a line
+        assert train(**settings, name="cut", resume="auto")[0] == 0
+        assert lines(log_of(name="cut")) == lines(log_of(name="left"))
+
+
+def test_resume_by_path_and_without_a_run_id(train):
+    train(name="a", max_steps=6, save_checkpoint_every=3)
+    code, streams = train(name="a", max_steps=10, resume="checkpoints/a_test_seed_1337/step_000003.pt")
+    assert code == 0 and streams["train"][0].tolist() == list(range(10))
+    train(name="a", run_id="", max_steps=12, resume="auto")
+    assert runlog.read(log_of(name="a"))["train"][0].tolist() == list(range(12))
+
+
+def test_a_finished_run_is_not_overwritten(train):
+    train()
+    with pytest.raises(UserError, match="--resume auto"):
+        train()
+
+
+def test_settings_that_differ_from_the_checkpoint(train, capsys):
+    train(max_steps=4, name="a")
+    for changed in (
+        {"n_exp": 8},
+        {"T": 16},
+        {"seed": 1337, "top_k": 1},
+        {"data_seed": 5},
+        {"router_use_full_prec": True},
+    ):
+        with pytest.raises(UserError, match="the checkpoint was made with"):
+            train(max_steps=6, resume="auto", **{"name": "a"} | changed)
+    capsys.readouterr()
+    assert train(max_steps=6, resume="auto", name="a", B=8, val_loss_every=2)[0] == 0
+    said = capsys.readouterr().out
+    assert "--B was 4 in the checkpoint and is 8 now" in said and "--max_steps was 4" in said
+
+
+def test_sigterm_saves_and_the_run_goes_on(train, tmp_path, shards):
+    settings = {"max_steps": 400, "data_root": str(shards), "save_checkpoint_every": 1000, **NOISY}
+    process = subprocess.Popen(command(name="cut", **settings), stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step     20 | loss"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 130 and "--resume auto" in rest
+    (saved,) = Path("checkpoints/cut_test_seed_1337").glob("*.pt")
+    stopped = int(saved.stem[5:])
+    assert 20 < stopped < 100
+    train(name="cut", resume="auto", **settings | {"max_steps": stopped + 10})
+    train(name="left", **settings | {"max_steps": stopped + 10})
+    cut, left = (runlog.read(log_of(name=name)) for name in ("cut", "left"))
+    for stream in ("train", "val"):  # until it stopped, max_steps and so the learning rate were others
+        upto = cut[stream][0] <= 4
+        assert cut[stream][1][upto].tolist() == left[stream][1][upto].tolist()
+    assert cut["train"][0].tolist() == list(range(stopped + 10))
+
+
+def test_two_runs_of_one_name_at_once(tmp_path, shards, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = subprocess.Popen(command(data_root=shards, max_steps=100_000), stdout=subprocess.PIPE, text=True)
+    try:
+        while "step      1 | loss" not in first.stdout.readline():
+            assert first.poll() is None
+        second = subprocess.run(command(data_root=shards, resume="auto"), capture_output=True, text=True)
+        assert second.returncode == 2 and str(first.pid) in second.stderr and second.stderr.count("\n") == 1
+    finally:
+        first.kill()
+        first.communicate()
+    third = subprocess.run(command(data_root=shards, resume="auto", max_steps=2), capture_output=True, text=True)
+    assert third.returncode == 0, third.stderr  # the lock of the killed one is no obstacle
+
+
+# -- divergence
+
+
+def test_a_run_that_diverges_says_so(train, tmp_path):
+    settings = {"max_lr": 1e38, "warmup_steps": 8, "save_checkpoint_every": 1, "grad_clip": math.inf}
+    code, streams = train(**settings)
+    assert code == 3
+    (step,), (flag,) = streams["diverged"]
+    assert flag == 1 and not math.isfinite(streams["train"][1][-1] + streams["grad_norm"][1][-1])
+    replay = json.loads(log_of().with_suffix(".diverged.json").read_text())
+    assert replay["step"] == step and replay["loader"]["row"] == step * 8  # rows of 32 tokens, 256 a step
+    newest = checkpoint.load_newest(Path("checkpoints/moe_n_exp_4_test_seed_1337"))[1]
+    assert newest["step"] <= step and all(value.isfinite().all() for value in newest["model"].values())
+    assert runlog.diverged(streams)
+
+
+def test_steps_can_be_skipped(train):
+    code, streams = train(max_lr=1e38, grad_clip=math.inf, on_nonfinite="skip", max_steps=6)
+    skipped = streams["skipped"][1].tolist()
+    assert code == 0 and skipped == list(range(1, len(skipped) + 1)) and len(streams["train"][0]) == 6
+    state = checkpoint.load_newest(Path("checkpoints/moe_n_exp_4_test_seed_1337"))[1]
+    assert state["progress"]["skipped"] == len(skipped) > 0
+
+
+def test_a_spike_is_counted(train, monkeypatch):
+    """A batch of unlike text in the middle of a learned one."""
+    original, calls = DataLoader.next_batch, []
+
+    def next_batch(self):
+        x, y = original(self)
+        calls.append(1)
+        return (x, torch.randint_like(y, 257)) if len(calls) in (101, 102) else (x, y)  # both halves of step 50
+
+    monkeypatch.setattr(DataLoader, "next_batch", next_batch)
+    _, streams = train(max_steps=55, max_lr=1e-2)
+    assert streams["spike"][0].tolist() == [50] and runlog.spike_steps(streams).tolist() == [50]
+
+
+# -- around the loop
+
+
+def test_a_full_disk_does_not_end_the_run(train, monkeypatch, capsys):
+    def full(state, path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    code, streams = train(save_checkpoint_every=3)
+    assert code == 0 and len(streams["train"][0]) == 10
+    assert "No space left on device" in capsys.readouterr().out
+
+
+def test_no_checkpoint_when_none_is_wanted(train):
+    train(save_checkpoint=False)
+    assert not Path("checkpoints").exists()
+
+
+def test_init_from_a_dense_checkpoint_upcycles_it(train):
+    train(n_exp=1, name="dense", max_steps=30, max_lr=1e-2)
+    _, streams = train(n_exp=4, name="upcycled", init_from="checkpoints/dense_test_seed_1337", max_steps=1,
+                       train_capacity=math.inf, eval_capacity=math.inf)  # fmt: skip
+    dense = runlog.read(log_of(name="dense"))["val"][1][-1]
+    assert streams["val"][1][0] == pytest.approx(dense, abs=1e-4)
+
+
+def test_eval_only_prints_train_and_val_loss(train, shards, capsys):
+    train(n_exp=1, name="dense", max_steps=30, max_lr=1e-2)
+    capsys.readouterr()
+    settings = TINY_RUN | {"data_root": str(shards), "init_from": "checkpoints/dense_test_seed_1337"}
+    assert trainer.run(trainer.Args(**settings, eval_only=True)) == 0
+    said = capsys.readouterr().out.splitlines()
+    val = runlog.read(log_of(name="dense"))["val"][1][-1]
+    assert said[0].startswith("train loss ") and said[1].startswith(f"val loss {val:.4f}")
+    assert len(list(Path("logs").iterdir())) == 2  # the log and the facts of the dense run
+
+
+def test_samples_come_from_the_model(train, capsys):
+    train(sample_from_model_every=5, sample_prompt="the router ", max_steps=40, max_lr=1e-2)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 40 sample")]
+    assert len(said) == 4 and all("the router " in line for line in said)
+
+
+def test_hellaswag_stream(train, tmp_path):
+    row = {"ind": 0, "ctx": "the router", "label": 1, "endings": ["zzzz qqqq", "sends a token", "!!!!", "@@@@"]}
+    Path("rows.jsonl").write_text("".join(json.dumps(row | {"ind": i}) + "\n" for i in range(6)))
+    _, streams = train(hellaswag_every=5, hellaswag_data="rows.jsonl", max_steps=40, max_lr=1e-2)
+    assert streams["hella"][0].tolist() == list(range(0, 41, 5)) and streams["hella"][1][-1] == 1.0
+    _, plain = train(max_steps=40, max_lr=1e-2, name="plain")
+    assert plain["train"][1].tolist() == streams["train"][1].tolist()
+
+
+def test_wandb_offline(train, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(wandb=True, max_steps=2)
+    assert list(Path("wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_shards_that_change_under_a_running_job(train, shards, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in shards.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    process = subprocess.Popen(command(data_root=copy, max_steps=100_000), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    while "step      1 | loss" not in process.stdout.readline():
+        assert process.poll() is None
+    os.truncate(copy / "words_train_000001.npy", 1000)
+    started = time.time()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and said.startswith("error: ") and "words_train_000001.npy" in said
+    assert time.time() - started < 60
