@@ -9,6 +9,7 @@
 import contextlib
 import io
 import os
+import re
 import sys
 
 import tyro
@@ -31,11 +32,11 @@ def parse(args_class, argv=None):
     except SystemExit as stop:
         if stop.code == 0:  # --help
             raise
-    # tyro explains itself in a box: drop its frame, and what follows the first rule but for the suggestion.
-    lines = [line.strip("│ ") for line in box.getvalue().splitlines() if line.startswith("│")]
-    rule = next((i for i, line in enumerate(lines) if line.startswith("──")), len(lines))
-    message = " ".join(lines[:rule])
-    nearest = next((line.split()[0] for line in lines[rule:] if line.startswith("--")), None)
+    # tyro explains itself in a box, of lines or of plain ASCII: take what stands between its frame and its first rule.
+    lines = [line.strip(" │") for line in box.getvalue().splitlines()]
+    rules = [i for i, line in enumerate(lines) if line.endswith(("──╮", "────", "----", "──╯"))]
+    message = " ".join(filter(None, lines[rules[0] + 1 : rules[1]]))
+    nearest = next((line.split()[0] for line in lines[rules[1] :] if re.match("--[a-z]", line)), None)
     if nearest and "Unrecognized" in message:
         message += f" - did you mean {nearest}?"
     raise UserError(f"{message} (see {os.path.basename(sys.argv[0])} --help)")

@@ -487,7 +487,8 @@ class MoE(nn.Module):
         aux = z = routing.logits_TE.new_zeros(())
         if self.config.use_aux_loss:  # Switch eq. 4: E * sum_e f_e P_e, gradient through P alone
             f_E = plan.count_E / routing.logits_TE.shape[0]  # choices on expert e per token, sums to K
-            if self.config.balance_scope == "global" and dist.is_initialized():
+            # In training alone: there all ranks run the same number of forwards.
+            if self.config.balance_scope == "global" and self.training and dist.is_initialized():
                 dist.all_reduce(f_E)
                 f_E = f_E / dist.get_world_size()
             aux = self.config.n_exp * (f_E * routing.probs_TE.mean(dim=0)).sum()

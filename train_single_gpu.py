@@ -17,6 +17,7 @@ ranks and any amount of evaluation or sampling in between draw the same numbers.
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -258,7 +259,7 @@ def set_up_machine(args):
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=args.dist_timeout))
     torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
@@ -304,7 +305,9 @@ def parallelize(model, args, machine):
     compiled = args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu)
     called = torch.compile(model) if compiled else model
     if machine.world_size > 1:  # buffers are statistics and the balance bias, which every rank computes alike
-        called = DistributedDataParallel(called, broadcast_buffers=False, gradient_as_bucket_view=True)
+        known = inspect.signature(DistributedDataParallel).parameters
+        no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
+        called = DistributedDataParallel(called, gradient_as_bucket_view=True, **{no_sync: False})
     return called
 
 
@@ -483,13 +486,13 @@ def choose_names(args):
     return runlog.log_path(args.logs_dir, args.name, args.run_id, args.seed), folder
 
 
-def find_checkpoint(args, folder, log_path):
+def find_checkpoint(args, folder, log_path, machine):
     """The checkpoint to go on from, or None for a fresh start. A fresh start never writes over a run that is there."""
     if args.resume == "auto":
         return checkpoint.load_newest(folder)[1]
     if args.resume:
         return checkpoint.load(args.resume)
-    for path in (log_path, checkpoint.newest(folder)):
+    for path in (log_path, checkpoint.newest(folder)) if machine.is_main else ():
         if path and path.exists() and path.stat().st_size:
             raise UserError(f"{path} holds a run of this name: pass --resume auto to go on, or another --run_id")
     return None
@@ -593,7 +596,7 @@ def record_step(args, step, result, progress, seconds):
 def train(args, machine, log_path, folder, console):
     """The run. Returns the exit code."""
     stop = Stop()
-    state = find_checkpoint(args, folder, log_path)
+    state = find_checkpoint(args, folder, log_path, machine)
     if state is not None:
         check_settings(args, state, console.say)
     loader, val_loader = make_loaders(args, machine)
@@ -705,19 +708,19 @@ def evaluate_only(args, machine):
 def run(args):
     """What the command line does with these settings; returns the exit code."""
     machine = set_up_machine(args)
-    try:
-        if args.eval_only:
-            return evaluate_only(args, machine)
-        log_path, folder = choose_names(args)
-        with runlog.lock(log_path) if machine.is_main else contextlib.nullcontext():
-            return train(args, machine, log_path, folder, Console(args, machine))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if args.eval_only:
+        return evaluate_only(args, machine)
+    log_path, folder = choose_names(args)
+    with runlog.lock(log_path) if machine.is_main else contextlib.nullcontext():
+        return train(args, machine, log_path, folder, Console(args, machine))
 
 
 def main():
-    return run(cli.parse(Args))
+    try:
+        return run(cli.parse(Args))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

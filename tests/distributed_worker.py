@@ -1,0 +1,18 @@
+"""Started by torchrun in test_distributed.py: one tiny run after another in one process, to pay for the start once."""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch.distributed as dist
+
+import train_single_gpu as trainer
+
+warnings.simplefilter("ignore", UserWarning)
+dist.init_process_group("gloo")  # one for all of them
+for settings in json.loads(sys.argv[1]):
+    code = trainer.run(trainer.Args(**settings))
+    assert code == 0, code
+dist.destroy_process_group()

@@ -1,0 +1,150 @@
+"""Several processes on one CPU, gloo: the run they make together is the run that one makes."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN
+
+import checkpoint
+import runlog
+
+TESTS = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+VARIANTS = {
+    "no_moe": {"n_exp": 1},
+    "moe": {},
+    "aux": {"use_aux_loss": True, "use_router_z_loss": True, "router_use_full_prec": True},
+    "top1_softmax": {"top_k": 1, "gate": "softmax"},
+    "switch": {"use_switch_tfm_init": True, "switch_tfm_init_scale": 0.1},
+    "balance": {"use_bias_balance": True, "gate": "sigmoid"},
+    "shared": {"n_shared_exp": 1},
+    "dropless": {"train_capacity": math.inf},
+    "noisy": {"use_noisy_top_k": True, "dropout": 0.1},  # noise belongs to the micro-batch, so even this agrees
+}
+SETTINGS = TINY_RUN | {"n_embd": 16, "B": 2, "max_steps": 20, "val_loss_steps": 3, "progress": "lines"}
+
+
+def launch(n, folder, runs, timeout=240):
+    """The runs, one after the other, on n processes; their logs by name."""
+    runs = [SETTINGS | {"logs_dir": str(folder), "checkpoint_dir": str(folder)} | run for run in runs]
+    command = [*TORCHRUN, f"--nproc_per_node={n}", str(TESTS / "distributed_worker.py"), json.dumps(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {run["name"]: runlog.read(next(Path(folder).glob(f"log_{run['name']}_test_*.txt"))) for run in runs}
+
+
+@pytest.fixture(scope="module")
+def alone(shards, tmp_path_factory):
+    runs = [{"name": name, "data_root": str(shards)} | variant for name, variant in VARIANTS.items()]
+    return launch(1, tmp_path_factory.mktemp("alone"), runs)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_n_processes_make_the_run_of_one(n, alone, shards, tmp_path):
+    runs = [{"name": name, "data_root": str(shards)} | variant for name, variant in VARIANTS.items()]
+    together = launch(n, tmp_path, runs)
+    for name in VARIANTS:
+        for stream in ("train", "val", "grad_norm", *(["aux_loss"] if name == "aux" else [])):
+            np.testing.assert_allclose(
+                together[name][stream][1], alone[name][stream][1], rtol=1e-5, atol=2e-6, err_msg=f"{name} {stream}"
+            )
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_over_one_and_sharded(alone, shards, tmp_path):
+    """2 ranks to step 7, then 1 process, then 2 sharded ranks: the run of one process."""
+    common = {"data_root": str(shards), "save_checkpoint_every": 7, "use_aux_loss": True, "use_router_z_loss": True,
+              "router_use_full_prec": True, "name": "aux", "keep_checkpoints": 9}  # fmt: skip
+    launch(2, tmp_path, [common])
+    folder = tmp_path / "aux_test_seed_1337"
+    for n, last, fsdp in ((1, 7, False), (2, 14, True), (1, 14, False)):
+        for path in checkpoint.checkpoints(folder):
+            if int(path.stem[5:]) > last:
+                path.unlink()
+        (log,) = launch(n, tmp_path, [common | {"resume": "auto", "fsdp": fsdp}]).values()
+        assert log["train"][0].tolist() == list(range(20))
+        np.testing.assert_allclose(log["train"][1], alone["aux"]["train"][1], rtol=1e-5)
+        np.testing.assert_allclose(log["val"][1], alone["aux"]["val"][1], rtol=1e-5)
+
+
+def test_sharded_ranks_make_the_run_of_one_and_hold_their_part(alone, shards, tmp_path):
+    runs = [
+        {"name": name, "data_root": str(shards), "fsdp": True} | VARIANTS[name] for name in ("no_moe", "aux", "balance")
+    ]
+    together = launch(2, tmp_path, runs)
+    for name, streams in together.items():
+        np.testing.assert_allclose(streams["train"][1], alone[name]["train"][1], rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(streams["val"][1], alone[name]["val"][1], rtol=1e-5, err_msg=name)
+
+
+MEMORY = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch, torch.distributed as dist, sharding
+from model import GPT, GPTConfig
+dist.init_process_group("gloo")
+model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, n_exp=64, stride=1))
+total = sum(p.numel() for p in model.parameters())
+sharding.shard(model)
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+idx = torch.arange(64).view(2, 32)
+model(idx, idx).loss.backward()
+optimizer.step()
+local = lambda tensors: sum(t.to_local().numel() for t in tensors)
+params = list(model.parameters())
+moments = [s for p in params for k, s in optimizer.state[p].items() if k != "step"]
+if dist.get_rank() == 0:
+    print(total, local(params), local(p.grad for p in params), local(moments))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_memory_of_a_sharded_rank_falls_as_one_over_n(n, tmp_path):
+    """n_exp 64: parameters, gradients and both moments of rank 0."""
+    script = tmp_path / "memory.py"
+    script.write_text(MEMORY)
+    command = [*TORCHRUN, f"--nproc_per_node={n}", str(script), str(TESTS.parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    total, params, grads, moments = map(int, done.stdout.split())
+    assert params == grads == moments / 2 == pytest.approx(total / n, rel=0.02)
+
+
+def test_global_balance_is_the_loss_of_the_whole_batch(shards, tmp_path):
+    """With --balance_scope global the loads of 2 ranks of B=2 are those of one process of B=4."""
+    common = {"data_root": str(shards), "use_aux_loss": True, "aux_loss_weight": 1.0, "max_steps": 5, "stride": 1,
+              "total_batch_size": 128, "train_capacity": math.inf, "eval_capacity": math.inf}  # fmt: skip
+    (whole,) = launch(1, tmp_path, [common | {"name": "whole", "B": 4}]).values()
+    two = launch(2, tmp_path, [common | {"name": "global", "balance_scope": "global"}, common | {"name": "local"}])
+    for stream in ("train", "aux_loss", "grad_norm"):
+        np.testing.assert_allclose(two["global"][stream][1], whole[stream][1], rtol=1e-4, err_msg=stream)
+    assert np.abs(two["local"]["aux_loss"][1] - whole["aux_loss"][1]).max() > 1e-3
+
+
+def test_a_killed_rank_ends_the_job_and_it_goes_on(shards, tmp_path):
+    common = {"name": "killed", "data_root": str(shards), "save_checkpoint_every": 5, "dist_timeout": 20}
+    runs = [SETTINGS | common | {"max_steps": 100_000, "logs_dir": str(tmp_path), "checkpoint_dir": str(tmp_path)}]
+    command = [*TORCHRUN, "--nproc_per_node=2", str(TESTS / "distributed_worker.py"), json.dumps(runs)]
+    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "step     12 | loss" not in job.stdout.readline():
+        assert job.poll() is None
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    subprocess.run(["kill", "-9", children[-1]], check=True)
+    started = time.time()
+    _, said = job.communicate(timeout=90)
+    assert job.returncode != 0 and time.time() - started < 60
+    assert re.search(r"Signal 9|SIGKILL|exitcode.*-9", said)
+    (log,) = launch(2, tmp_path, [common | {"resume": "auto", "max_steps": 30}]).values()
+    assert log["train"][0].tolist()[:10] == list(range(10)) and log["train"][0][-1] >= 9
+
+
+def test_checkpoints_of_ranks_are_whole_tensors(shards, tmp_path):
+    launch(2, tmp_path, [{"name": "aux", "data_root": str(shards), "fsdp": True, "max_steps": 2}])
+    model, state = checkpoint.load_model(tmp_path / "aux_test_seed_1337")
+    assert state["step"] == 2 and not any(type(p) is not torch.nn.Parameter for p in model.parameters())
