@@ -1,0 +1,504 @@
+"""checkpoint.py: files that are whole or refused, and GPT-2 weights in and out."""
+
+import dataclasses
+import json
+import math
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from cli import UserError
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"block_size": 16, "vocab_size": 61, "n_layer": 3, "n_head": 2, "n_embd": 16}
+MOE = {"n_exp": 4, "top_k": 2, "use_noisy_top_k": True, "use_bias_balance": True, "train_capacity": float("inf")}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def small_model(seed=0, **fields):
+    return GPT(GPTConfig(**{**SMALL, **fields}), torch.Generator().manual_seed(seed))
+
+
+def small_state(step=0, **fields):
+    """What a trainer saves, after one real step, so that the optimizer has something to say."""
+    model = small_model(**fields)
+    optimizer = torch.optim.AdamW(model.parameters())
+    idx = torch.arange(16).view(2, 8)
+    model(idx, idx).loss.backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "loader": {"position": 7, "shards": ["a", "b"]},
+        "step": step,
+        "args": {"train_capacity": float("inf"), "resume": "", "block_size": None},
+        "config": dataclasses.asdict(model.config),
+        "tokenizer": "bytes",
+        "rng": torch.get_rng_state(),
+    }
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def logits(model, idx):
+    with torch.no_grad():
+        return model.eval()(idx, dropless=True).logits
+
+
+# -- files
+
+
+def test_what_is_saved_comes_back(tmp_path):
+    state = small_state(step=12, **MOE)
+    path = checkpoint.step_path(tmp_path / "deep" / "run", 12)
+    checkpoint.save(state, path)
+    assert path.name == "step_000012.pt"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    for mmap in (False, True):
+        loaded = checkpoint.load(path, mmap=mmap)
+        assert loaded.pop("format") == checkpoint.FORMAT
+        assert equal(loaded, {**state, "model": dict(state["model"])})
+
+
+def test_tied_weights_are_stored_once(tmp_path):
+    big = torch.randn(1000, 100)
+    for name, tensors in (("one", {"a": big}), ("tied", {"a": big, "b": big})):
+        checkpoint.save({"model": checkpoint.to_plain(tensors, copy=True)}, tmp_path / name)
+    assert (tmp_path / "tied").stat().st_size < (tmp_path / "one").stat().st_size + 1000
+
+
+@pytest.mark.parametrize("value", [Path("a"), {1, 2}, torch.float32, GPTConfig(), torch.nn.Linear(1, 1)])
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
+    with pytest.raises(TypeError, match="plain values"):
+        checkpoint.save({"args": {"x": [value]}}, tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_flipped_bytes_are_found(tmp_path):
+    """A flip anywhere is an error, or (in padding, in a date) changes nothing that is loaded."""
+    path = tmp_path / "step_000001.pt"
+    checkpoint.save(small_state(**MOE), path)
+    good, original = checkpoint.load(path), path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        tensor = max(archive.infolist(), key=lambda info: info.file_size)
+    # zip header, name and alignment take less than 200 bytes before the data, so this lies inside it
+    places = [tensor.header_offset + 200 + i for i in range(0, tensor.file_size - 200, 97)]
+    rng = random.Random(0)
+    anywhere = [rng.randrange(len(original)) for _ in range(150)] + list(range(40)) + list(range(-60, 0))
+    found = {True: 0, False: 0}
+    for inside, offsets in ((True, places), (False, anywhere)):
+        for offset in offsets:
+            damaged = bytearray(original)
+            damaged[offset] ^= 1 << rng.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                assert equal(checkpoint.load(path), good), f"the flip at {offset} went unseen"
+            except UserError as error:
+                assert str(path) in str(error)
+                found[inside] += 1
+    assert found[True] == len(places)
+    assert found[False] > 50
+
+
+@pytest.mark.parametrize("keep", [0, 1, 3, 30, 1000, -1, -30])
+def test_truncated_files_are_found(tmp_path, keep):
+    path = tmp_path / "step_000001.pt"
+    checkpoint.save(small_state(), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"step_000001\.pt"):
+        checkpoint.load(path)
+
+
+class Explosive:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("as_zip", [True, False])
+def test_a_crafted_pickle_executes_nothing(tmp_path, as_zip):
+    marker = tmp_path / "it_ran"
+    torch.save({"format": 1, "model": Explosive(str(marker))}, tmp_path / "a.pt", _use_new_zipfile_serialization=as_zip)
+    with pytest.raises(UserError, match="not a checkpoint of this project"):
+        checkpoint.load(tmp_path / "a.pt")
+    assert not marker.exists()
+    torch.load(tmp_path / "a.pt", weights_only=False)
+    assert marker.exists(), "the test's own bomb is a dud"
+
+
+@pytest.mark.parametrize(
+    "name, content", [("text", b"hello"), ("pickle", pickle.dumps({"format": 1})), ("png", b"\x89PNG\r\n")]
+)
+def test_foreign_files_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is not a checkpoint of this project"):
+        checkpoint.load(tmp_path / name)
+
+
+def test_foreign_archives_are_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        archive.writestr("a.txt", "hello")
+    torch.save(small_model().state_dict(), tmp_path / "bare.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    for name in ("some.zip", "bare.pt", "tensor.pt"):
+        with pytest.raises(UserError, match=f"{name} is not a checkpoint of this project"):
+            checkpoint.load(tmp_path / name)
+
+
+def test_other_formats_and_missing_files_are_named(tmp_path):
+    for number, age in ((checkpoint.FORMAT - 1, "older"), (checkpoint.FORMAT + 1, "newer")):
+        torch.save({"format": number}, tmp_path / "a.pt")
+        with pytest.raises(UserError, match=f"a.pt was written by an? {age} version"):
+            checkpoint.load(tmp_path / "a.pt")
+    for path in (tmp_path / "absent.pt", tmp_path):
+        with pytest.raises(UserError, match=f"cannot read the checkpoint {path}"):
+            checkpoint.load(path)
+
+
+def test_newest_is_by_number_and_ignores_what_is_half_written(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    assert checkpoint.newest(tmp_path / "absent") is None
+    for step in (999_999, 1_000_000, 5):
+        checkpoint.save({"step": step}, checkpoint.step_path(tmp_path, step))
+    for name in ("step_2000000.pt.tmp", "step_best.pt", "step_3.pt", "other.pt"):
+        (tmp_path / name).write_bytes(b"")
+    assert checkpoint.newest(tmp_path).name == "step_1000000.pt"
+    assert checkpoint.load_newest(tmp_path)[1]["step"] == 1_000_000
+
+
+def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path, capsys):
+    assert checkpoint.load_newest(tmp_path) == (None, None)
+    paths = [checkpoint.step_path(tmp_path, step) for step in (1, 2, 3)]
+    for step, path in enumerate(paths, 1):
+        checkpoint.save({"step": step}, path)
+    paths[2].write_bytes(paths[2].read_bytes()[:-9])
+    found, state = checkpoint.load_newest(tmp_path)
+    assert (found, state["step"]) == (paths[1], 2)
+    assert str(paths[2]) in capsys.readouterr().err
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 3 checkpoints"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_prune_keeps_the_newest_whole_ones(tmp_path):
+    paths = [checkpoint.step_path(tmp_path, step) for step in range(1, 7)]
+    for path in paths:
+        checkpoint.save({"step": 0}, path)
+    paths[5].write_bytes(b"PK\3\4 cut off")
+    (tmp_path / "step_000004.pt.tmp").write_bytes(b"")
+    (tmp_path / "notes.txt").write_bytes(b"mine")
+    checkpoint.prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", *(p.name for p in paths[3:])]
+    assert checkpoint.load_newest(tmp_path)[0] == paths[4]
+
+
+# -- saving off the training thread
+
+
+def test_the_background_saver_saves_what_stood_at_the_call(tmp_path, monkeypatch):
+    go, real = threading.Event(), checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *args: (go.wait(10), real(*args)))
+    saver = checkpoint.BackgroundSaver(keep=2)
+    weight = torch.zeros(100)
+    saver.save({"model": {"w": weight, "tied": weight}}, checkpoint.step_path(tmp_path, 1))
+    weight.fill_(1.0)  # training goes on in place
+    assert not list(tmp_path.iterdir())
+    go.set()
+    for step in (2, 3):
+        assert saver.save({"model": {"w": weight}}, checkpoint.step_path(tmp_path, step)) is None
+        if step == 2:
+            assert checkpoint.load(checkpoint.step_path(tmp_path, 1))["model"]["w"].sum() == 0
+    assert saver.wait() is None
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step_000002.pt", "step_000003.pt"]
+
+
+FULL_DISK = """
+import resource, sys, torch, checkpoint
+path = lambda step: checkpoint.step_path(sys.argv[1], step)
+checkpoint.save({"step": 1}, path(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+big = {"model": {"w": torch.zeros(1_000_000)}}
+try:
+    checkpoint.save(big, path(2))
+except OSError as error:
+    print("direct", error.errno)
+saver = checkpoint.BackgroundSaver(3)
+print(saver.save(big, path(3)), type(saver.save({"step": 4}, path(4))).__name__, saver.wait())
+saver.save({"step": 5}, path(5))  # the process ends without waiting
+"""
+
+
+def test_a_full_disk_is_an_oserror_and_leaves_the_older_checkpoint(tmp_path):
+    """A limit on file size stands for the full disk: the same OSError at the same places."""
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout.split() == ["direct", "27", "None", "OSError", "None"], result.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000001.pt", "step_000004.pt", "step_000005.pt"]
+    assert checkpoint.load_newest(tmp_path)[1]["step"] == 5
+
+
+# -- a model from a checkpoint
+
+
+@pytest.mark.parametrize("fields", [{}, MOE, {**MOE, "n_shared_exp": 1, "gate": "sigmoid", "bias": False}])
+def test_load_model_gives_the_model_that_was_saved(tmp_path, fields):
+    model = small_model(seed=3, **fields)
+    state = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), "step": 5}
+    checkpoint.save(state, checkpoint.step_path(tmp_path, 5))
+    before = torch.get_rng_state()
+    for path in (tmp_path, str(tmp_path / "step_000005.pt")):
+        loaded, found = checkpoint.load_model(path)
+        assert (found["step"], loaded.config, loaded.training) == (5, model.config, False)
+        assert loaded.lm_head.weight is loaded.transformer.wte.weight
+        idx = torch.arange(24).view(2, 12)
+        assert torch.equal(logits(loaded, idx), logits(model, idx))
+        assert loaded.router_stats() == model.router_stats()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+MISFITS = [
+    {"config": {**SMALL, "n_embd": 24}}, {"config": {**SMALL, "n_layer": 0}}, {"config": {"wings": 2}},
+    {"config": None}, {"model": None}, {"model": {"a": torch.zeros(1)}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", MISFITS)
+def test_a_state_that_does_not_fit_is_named(tmp_path, change):
+    checkpoint.save({**small_state(), **change}, tmp_path / "step_000001.pt")
+    with pytest.raises(UserError, match="step_000001"):
+        checkpoint.load_model(tmp_path)
+    with pytest.raises(UserError, match="step_000001"):
+        checkpoint.init_from(str(tmp_path), {"n_exp": 2})
+
+
+def test_a_folder_without_checkpoints_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"no checkpoint .* in the folder {tmp_path}"):
+        checkpoint.load_model(tmp_path)
+
+
+# -- GPT-2 weights
+
+SHAPES = [{"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32, "vocab_size": 67},
+          {"n_layer": 3, "n_head": 4, "n_embd": 32, "n_positions": 24, "vocab_size": 130}]  # fmt: skip
+
+
+def random_gpt2(folder, **shape):
+    """A folder as transformers writes it, with every tensor random (biases and norms too), and its model."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gpt2_folders_read_as_transformers_reads_them(tmp_path, shape):
+    theirs = random_gpt2(tmp_path, **shape)
+    ours = checkpoint.from_pretrained(str(tmp_path))
+    idx = torch.randint(shape["vocab_size"], (3, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(idx).logits
+    assert ours.config.vocab_size == shape["vocab_size"] and ours.config.block_size == shape["n_positions"]
+    assert (logits(ours, idx) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+    cropped = checkpoint.from_pretrained(tmp_path, block_size=20, dropout=0.1)
+    assert cropped.config.block_size == 20 and cropped.config.dropout == 0.1
+    assert torch.equal(logits(cropped, idx), logits(ours, idx))
+    with pytest.raises(UserError, match="block_size 99 is more than"):
+        checkpoint.from_pretrained(tmp_path, block_size=99)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_exported_folder_loads_in_transformers_and_here(tmp_path, shape, bias):
+    transformers = pytest.importorskip("transformers")
+    fields = {"block_size" if name == "n_positions" else name: value for name, value in shape.items()}
+    model = GPT(GPTConfig(**fields, bias=bias))
+    for p in model.parameters():
+        p.data.normal_(std=0.3, generator=torch.Generator().manual_seed(p.numel()))
+    checkpoint.export_hf(model, tmp_path / "out")
+    theirs, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    idx = torch.randint(shape["vocab_size"], (3, 20), generator=torch.Generator().manual_seed(1))
+    expected = logits(model, idx)
+    with torch.no_grad():
+        assert (theirs.eval()(idx).logits - expected).abs().max() < 1e-5 * expected.abs().max()
+    again = checkpoint.from_pretrained(tmp_path / "out")
+    assert (logits(again, idx) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_both_key_styles_and_old_mask_buffers_are_read(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    random_gpt2(tmp_path / "new", **SHAPES[0])
+    weights = safetensors.load_file(tmp_path / "new" / "model.safetensors")
+    old = {key.removeprefix("transformer."): tensor for key, tensor in weights.items()}
+    for layer in range(2):
+        old[f"h.{layer}.attn.bias"] = torch.ones(1, 1, 32, 32)
+        old[f"h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    os.mkdir(tmp_path / "old")
+    (tmp_path / "old" / "config.json").write_text((tmp_path / "new" / "config.json").read_text())
+    safetensors.save_file(old, tmp_path / "old" / "model.safetensors")
+    idx = torch.arange(20)[None]
+    assert torch.equal(*(logits(checkpoint.from_pretrained(tmp_path / name), idx) for name in ("old", "new")))
+
+
+def test_added_token_rows_are_means_and_never_the_likeliest(tmp_path):
+    random_gpt2(tmp_path, **SHAPES[0])
+    ours, padded = checkpoint.from_pretrained(tmp_path), checkpoint.from_pretrained(tmp_path, vocab_size=128)
+    idx = torch.arange(20)[None]
+    plain, with_rows = logits(ours, idx), logits(padded, idx)
+    torch.testing.assert_close(with_rows[..., :67], plain, rtol=0, atol=1e-5)
+    assert (with_rows[..., 67:].amax(-1) < plain.amax(-1)).all()
+    probability = torch.softmax(with_rows, -1)[..., 67:]
+    assert (probability < 1 / 67).all()
+    with pytest.raises(UserError, match="vocab_size 50 is less than the 67 tokens"):
+        checkpoint.from_pretrained(tmp_path, vocab_size=50)
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"activation_function": "relu"}, "activation_function is 'relu'"),
+    ({"model_type": "gpt_neo"}, "model_type is 'gpt_neo'"),
+    ({"n_inner": 7}, "n_inner is 7"),
+    ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon"),
+    ({"tie_word_embeddings": False}, "tie_word_embeddings"),
+    ({"n_head": 3}, "n_embd 16 is not divisible"),
+    ({"n_layer": 4}, "lacks the weights transformer.h.2"),
+    ({"n_layer": 1}, "no place for: transformer.h.1"),
+    ({"n_embd": 32}, "do not fit"),
+])  # fmt: skip
+def test_other_architectures_are_refused(tmp_path, change, said):
+    random_gpt2(tmp_path, **SHAPES[0])
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, **change}))
+    with pytest.raises(UserError, match=said):
+        checkpoint.from_pretrained(tmp_path)
+
+
+def test_folders_that_are_none_are_named(tmp_path):
+    with pytest.raises(UserError, match="nor one of the names gpt2, gpt2-medium"):
+        checkpoint.from_pretrained("gpt3")
+    with pytest.raises(UserError, match=r"config\.json"):
+        checkpoint.from_pretrained(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json"):
+            checkpoint.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no model\.safetensors .* pickled"):
+        checkpoint.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not this")
+    with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
+        checkpoint.from_pretrained(tmp_path)
+
+
+def test_without_a_network_the_way_out_is_said(tmp_path):
+    code = "import cli, checkpoint; cli.run(lambda: checkpoint.from_pretrained('gpt2'))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "cannot download gpt2" in result.stderr and "--local-dir gpt2" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_moe_model_is_not_exported(tmp_path):
+    with pytest.raises(UserError, match="only a dense model"):
+        checkpoint.export_hf(small_model(**MOE), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# -- upcycling
+
+UPCYCLED = [
+    {"top_k": 2}, {"top_k": 1}, {"gate": "sigmoid", "top_k": 3}, {"use_bias_balance": True, "stride": 1},
+    {"use_noisy_top_k": True, "n_shared_exp": 2}, {"use_switch_tfm_init": True, "router_use_full_prec": True},
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:top_k=1")
+@pytest.mark.parametrize("fields", UPCYCLED)
+@pytest.mark.parametrize("source", ["gpt2", "checkpoint"])
+def test_an_upcycled_model_computes_the_dense_function(tmp_path, source, fields):
+    if source == "gpt2":
+        random_gpt2(tmp_path, **SHAPES[0])
+        dense = checkpoint.from_pretrained(tmp_path)
+    else:
+        checkpoint.save(small_state(bias=False), tmp_path / "step_000001.pt")
+        dense = checkpoint.load_model(tmp_path)[0]
+    before = torch.get_rng_state()
+    model = checkpoint.init_from(str(tmp_path), {"n_exp": 4, **fields}, torch.Generator().manual_seed(5))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(model.moe_layers()) == math.ceil(model.config.n_layer / model.config.stride)
+    idx = torch.arange(32).view(2, 16)
+    expected = logits(dense, idx)
+    torch.testing.assert_close(logits(model, idx), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert all(moe.router.w_g.weight.std() > 0.005 for _, moe in model.moe_layers())
+    same = checkpoint.init_from(str(tmp_path), {"n_exp": 4, **fields}, torch.Generator().manual_seed(5))
+    assert equal(dict(model.state_dict()), dict(same.state_dict()))
+
+
+def test_init_from_a_checkpoint_keeps_and_changes(tmp_path):
+    checkpoint.save(small_state(**MOE), tmp_path / "step_000001.pt")
+    old = checkpoint.load_model(tmp_path)[0]
+    new = checkpoint.init_from(tmp_path / "step_000001.pt", {"dropout": 0.2, "use_noisy_top_k": False}, block_size=12)
+    assert (new.config.dropout, new.config.block_size, new.config.n_exp) == (0.2, 12, 4)
+    idx = torch.arange(24).view(2, 12)
+    assert torch.equal(logits(new, idx), logits(old, idx))
+    for overrides, said in (
+        ({"n_exp": 8}, "do not fit"), ({"n_exp": 1}, "lacks the weights"), ({"n_head": 4}, "n_head 4 does not fit"),
+        ({"bias": False}, "bias False does not fit"), ({"top_k": 9}, "top_k 9"), ({"n_layer": 2}, "n_layer 2 does not"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            checkpoint.init_from(tmp_path, overrides)
+    with pytest.raises(UserError, match=r"no nowhere: give a checkpoint, .* gpt2-xl"):
+        checkpoint.init_from("nowhere", {})
+
+
+# -- command line
+
+
+def test_the_script_exports_with_tokenizer(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = small_model(vocab_size=50304)
+    state = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), "step": 9, "tokenizer": "gpt2"}
+    checkpoint.save(state, tmp_path / "run" / "step_000009.pt")
+    command = [sys.executable, "checkpoint.py", "--checkpoint", str(tmp_path / "run"), "--export_hf"]
+    result = subprocess.run([*command, str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    idx = torch.arange(12)[None]
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()
+    assert (theirs(idx).logits - logits(model, idx)).abs().max() < 1e-5
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("Hello world")["input_ids"] == [15496, 995]
+    (tmp_path / "file").write_text("in the way")
+    result = subprocess.run([*command, str(tmp_path / "file")], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.startswith("error: cannot write")

@@ -1,0 +1,353 @@
+"""sample.py: a cache that is exact, draws from the right distribution, text that arrives in pieces."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import sample
+from cli import UserError
+from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
+
+ROOT = Path(__file__).parent.parent
+SMALL = {"block_size": 16, "vocab_size": 61, "n_layer": 3, "n_head": 2, "n_embd": 16}
+VARIANTS = [
+    {},
+    {"bias": False},
+    {"n_exp": 4, "use_noisy_top_k": True, "dropout": 0.3},
+    {"n_exp": 4, "train_capacity": 0.1, "eval_capacity": 0.1, "min_capacity": 1},
+    {"n_exp": 4, "top_k": 1, "gate": "softmax", "stride": 1},
+    {"n_exp": 8, "top_k": 3, "gate": "sigmoid", "n_shared_exp": 1, "use_bias_balance": True},
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def small_model(**fields):
+    """Weights large enough that greedy text does not repeat one token."""
+    model = GPT(GPTConfig(**{**SMALL, **fields}))
+    generator = torch.Generator().manual_seed(0)
+    for p in model.parameters():
+        p.data.normal_(std=0.3, generator=generator)
+    for _, moe in model.moe_layers():
+        if model.config.use_bias_balance:
+            moe.router.balance_bias.normal_(std=0.3, generator=generator)
+    return model
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+# -- the cache
+
+
+@torch.no_grad()
+def logits_from_the_start(model, idx):
+    """nanoGPT's way: every token again, cropped to the last block_size."""
+    return model(idx[:, -model.config.block_size :], dropless=True).logits[:, -1]
+
+
+@pytest.mark.parametrize("prompt_length", [1, 5, 15, 16, 17, 40])
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_logits_equal_those_of_full_recomputation(fields, prompt_length):
+    """Token by token from before block_size to well past it."""
+    model = small_model(**fields).eval()
+    idx = torch.randint(61, (2, prompt_length), generator=seeded(1))
+    cache = model.new_cache(2)
+    for _ in range(30):
+        logits = sample.next_logits(model, idx, cache)
+        torch.testing.assert_close(logits, logits_from_the_start(model, idx), rtol=1e-5, atol=1e-5)
+        idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
+
+
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_greedy_text_is_that_of_full_recomputation_and_of_each_row_alone(fields):
+    model = small_model(**fields)
+    expected = PROMPT
+    model.eval()
+    for _ in range(25):
+        expected = torch.cat([expected, logits_from_the_start(model, expected).argmax(-1, keepdim=True)], dim=1)
+    model.train()
+    out = sample.generate(model, PROMPT, 25, temperature=0)
+    assert out.shape == (2, 30) and out.dtype == torch.int64
+    assert torch.equal(out, expected)
+    for row in range(2):
+        assert torch.equal(sample.generate(model, PROMPT[row : row + 1], 25, temperature=0)[0], expected[row])
+
+
+def test_the_model_and_the_global_generator_are_left_as_they_were():
+    for training in (True, False):
+        model = small_model(**VARIANTS[2]).train(training)
+        before = torch.get_rng_state()
+        sample.generate(model, PROMPT, 5, generator=seeded())
+        sample.generate(model, PROMPT, 5)
+        steps = sample.stream(model, PROMPT, 5)
+        next(steps)
+        assert not model.training
+        steps.close()
+        assert model.training is training and all(m.training is training for m in model.modules())
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.is_grad_enabled()
+        assert all(p.grad is None for p in model.parameters())
+
+
+# -- the draw
+
+
+def plain_distribution(logits, temperature, top_k, top_p):
+    """The same distribution, token by token in plain Python."""
+    probs = torch.softmax(logits.double() / temperature, dim=0).tolist()
+    ranked = sorted(range(len(probs)), key=lambda token: -probs[token])[:top_k]
+    mass = sum(probs[token] for token in ranked)
+    kept, reached = [], 0.0
+    for token in ranked:
+        if top_p is None or reached < top_p:
+            kept.append(token)
+        reached += probs[token] / mass
+    mass = sum(probs[token] for token in kept)
+    return [probs[token] / mass if token in kept else 0.0 for token in range(len(probs))]
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", [
+    (1.0, None, None), (0.7, None, None), (1.5, 3, None), (1.0, 1, None), (1.0, 50, None),
+    (1.0, None, 0.6), (1.0, None, 1e-9), (1.0, None, 1.0), (0.8, 5, 0.7), (1.3, 4, 0.95),
+])  # fmt: skip
+def test_draws_follow_a_plain_implementation(temperature, top_k, top_p):
+    logits = torch.randn(12, generator=seeded(2)) * 1.5
+    expected = torch.tensor(plain_distribution(logits, temperature, top_k, top_p))
+    n = 100_000
+    tokens = sample.sample_next(logits.expand(n, -1), temperature, top_k, top_p, seeded(3))
+    found = torch.bincount(tokens, minlength=12) / n
+    assert (found[expected == 0] == 0).all()
+    assert (found - expected).abs().max() < 5 * 0.5 / n**0.5  # five standard deviations of the widest
+    assert (found[expected > 0.001] > 0).all()
+
+
+def test_rows_are_filtered_each_by_itself():
+    logits = torch.tensor([[0.0, 5.0, 0.0], [5.0, 0.0, 0.0], [0.0, 0.0, 5.0]])
+    for settings in ({"top_k": 1}, {"top_p": 0.5}, {"temperature": 0}, {"temperature": 1e-30}):
+        assert sample.sample_next(logits, generator=seeded(), **settings).tolist() == [1, 0, 2]
+
+
+def test_top_k_takes_exactly_k_of_equal_logits():
+    tokens = sample.sample_next(torch.zeros(5000, 10), top_k=3, generator=seeded())
+    assert len(tokens.unique()) == 3
+
+
+def test_padding_of_the_vocabulary_is_never_sampled():
+    model = small_model()
+    for settings in ({"temperature": 0}, {"temperature": 5.0}, {"temperature": 5.0, "top_k": 60, "top_p": 0.99}):
+        out = sample.generate(model, PROMPT, 60, generator=seeded(), vocab_size=20, **settings)
+        assert out.max() < 20
+    assert sample.generate(model, PROMPT, 60, temperature=5.0, generator=seeded()).max() >= 20
+
+
+def test_the_same_seed_gives_the_same_text():
+    model = small_model(**VARIANTS[2])
+    texts = [sample.generate(model, PROMPT, 30, top_k=10, generator=seeded(s)).tolist() for s in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert sample.generate(model, PROMPT, 30).tolist() != sample.generate(model, PROMPT, 30).tolist()
+
+
+def test_it_ends_when_every_row_has_reached_end_of_text():
+    model = small_model()
+    plain = sample.generate(model, PROMPT, 200, temperature=2.0, generator=seeded(4))[:, 5:]
+    eot = 7
+    ends = [(row == eot).nonzero()[0].item() for row in plain]
+    assert ends[0] != ends[1], "choose a seed for which the rows end apart"
+    out = sample.generate(model, PROMPT, 200, temperature=2.0, generator=seeded(4), eot=eot)[:, 5:]
+    assert out.shape[1] == max(ends) + 1
+    for row, end in enumerate(ends):
+        assert (out[row, end:] == eot).all()
+        assert eot not in out[row, :end]
+    first = min(ends)
+    assert torch.equal(out[:, : first + 1], plain[:, : first + 1])
+    assert sample.generate(model, torch.tensor([[eot]]), 3, temperature=0, eot=eot).shape[1] > 1  # eot as a prompt
+
+
+def test_no_tokens_and_wrong_settings():
+    model = small_model()
+    assert torch.equal(sample.generate(model, PROMPT, 0), PROMPT)
+    for settings in ({"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
+        with pytest.raises(UserError, match=next(iter(settings))):
+            sample.generate(model, PROMPT, 1, **settings)
+    with pytest.raises(ValueError, match="at least one token"):
+        sample.generate(model, PROMPT[:, :0], 1)
+    model.transformer.ln_f.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="not finite"):
+        sample.generate(model.train(), PROMPT, 1)
+    assert model.training
+
+
+# -- printing
+
+
+def printed(texts, capsys, prompt="", eot=True, stop_after=None):
+    """What is on the screen after each step when the rows of tokens are the bytes of `texts`."""
+    tokenizer = get_tokenizer("bytes")
+    rows = [[*text.encode(), *([tokenizer.eot] if eot else [])] for text in texts]
+    n, screens = max(map(len, rows)), []
+
+    def steps():
+        for i in range(n):
+            if i == stop_after:
+                raise KeyboardInterrupt
+            yield torch.tensor([row[i] if i < len(row) else tokenizer.eot for row in rows])
+            screens.append(capsys.readouterr().out)
+
+    try:
+        sample.print_samples(steps(), tokenizer, prompt, len(texts))
+    except KeyboardInterrupt:
+        assert stop_after is not None
+    return screens, capsys.readouterr().out
+
+
+def test_characters_are_printed_when_they_are_whole(capsys):
+    screens, rest = printed(["aé€🙂b"], capsys, prompt="> ", eot=False)
+    assert screens == ["> a", "", "é", "", "", "€", "", "", "", "🙂", "b"]
+    assert rest == "\n"
+
+
+def test_text_that_breaks_off_inside_a_character(capsys):
+    screens, rest = printed(["a🙂"], capsys, eot=False, stop_after=3)
+    assert "".join(screens) + rest == "a�\n"
+
+
+def test_samples_are_printed_one_after_another(capsys):
+    screens, rest = printed(["ab", "cdefg", "h"], capsys, prompt=">")
+    line = f"\n{sample.RULE}\n"
+    assert "".join(screens) + rest == f">ab{line}>cdefg{line}>h\n"
+    assert screens == [">a", "b", f"{line}>cde", "f", "g", f"{line}>h"]
+
+
+def test_an_interrupt_prints_what_there_is(capsys):
+    screens, rest = printed(["abcd", "efgh"], capsys, prompt=">", stop_after=2)
+    assert "".join(screens) + rest == f">ab\n{sample.RULE}\n>ef\n"
+
+
+# -- the script
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A checkpoint of a small byte model, as the trainer writes it."""
+    folder = tmp_path_factory.mktemp("run")
+    for step, extra in ((1, {}), (2, {"n_exp": 4, "use_noisy_top_k": True})):
+        model = small_model(vocab_size=320, **extra)
+        state = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), "tokenizer": "bytes"}
+        checkpoint.save(state, checkpoint.step_path(folder, step))
+    return folder
+
+
+def script(*flags, **options):
+    options = {"capture_output": True, "timeout": 120, **options}
+    return subprocess.run([sys.executable, "sample.py", *map(str, flags)], cwd=ROOT, **options)
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """The script inside this process (a start costs seconds): called with flags, it returns stdout and stderr."""
+
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, flags)])
+        sample.main()
+        return capsys.readouterr()
+
+    return call
+
+
+def test_the_script_prints_samples(main, run_folder):
+    flags = ["--checkpoint", run_folder, "--prompt", "héllo", "--num_samples", 2, "--max_new_tokens", 40]
+    first, again, other = (main(*flags, "--seed", seed) for seed in (1, 1, 2))
+    samples = first.out.split(sample.RULE)
+    assert len(samples) == 2 and all(text.strip("\n").startswith("héllo") for text in samples)
+    assert first.out == again.out != other.out
+    assert first.err == ""
+    assert main("--checkpoint", run_folder, "--max_new_tokens", 3, "--top_k", "None", "--top_p", 0.9).err == ""
+
+
+def test_the_script_takes_a_file_longer_than_the_window(run_folder, tmp_path):
+    (tmp_path / "prompt.txt").write_text("in a file, longer than the window ✓", encoding="utf-8")
+    result = script("--checkpoint", run_folder / "step_000001.pt", "--prompt_file", tmp_path / "prompt.txt",
+                    "--temperature", 0, env={**os.environ, "PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert result.returncode == 0
+    assert result.stdout.startswith(b"in a file, longer than the window ?")
+    assert b"of the prompt's 37 tokens the model sees the last 16" in result.stderr
+
+
+def test_wrong_inputs_exit_2_and_say_what_mends_it(main, run_folder, tmp_path, capsys):
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "foreign.pt").write_bytes(b"hello")
+    for name, config in (("alien", {"tokenizer": "klingon"}), ("narrow", {"tokenizer": "gpt2"})):
+        checkpoint.save({**checkpoint.load(run_folder / "step_000001.pt"), **config}, tmp_path / f"{name}.pt")
+    run = ["--checkpoint", str(run_folder)]
+    table = [
+        ([], "give one model"),
+        ([*run, "--init_from", "gpt2"], "give one model"),
+        (["--checkpoint", str(tmp_path / "absent.pt")], "absent.pt"),
+        (["--checkpoint", str(tmp_path)], "no checkpoint"),
+        (["--checkpoint", str(tmp_path / "foreign.pt")], "foreign.pt is not a checkpoint of this project"),
+        (["--checkpoint", str(tmp_path / "alien.pt")], "klingon"),
+        (["--checkpoint", str(tmp_path / "narrow.pt")], "320 tokens, its tokenizer gpt2"),
+        (["--init_from", "gpt9"], "no folder gpt9"),
+        ([*run, "--prompt", "a", "--prompt_file", "b"], "give one prompt"),
+        ([*run, "--prompt_file", str(tmp_path / "absent.txt")], "absent.txt"),
+        ([*run, "--prompt_file", str(tmp_path / "latin1.txt")], "not UTF-8"),
+        ([*run, "--prompt_file", str(tmp_path)], "cannot read --prompt_file"),
+        ([*run, "--temperature", "-0.1"], "temperature must be"),
+        ([*run, "--temperature", "nan"], "temperature must be"),
+        ([*run, "--top_k", "0"], "top_k must be"),
+        ([*run, "--top_p", "0"], "top_p must lie"),
+        ([*run, "--top_p", "1.01"], "top_p must lie"),
+        ([*run, "--num_samples", "0"], "num_samples"),
+        ([*run, "--max_new_tokens", "-1"], "max_new_tokens"),
+        ([*run, "--seed", "-1"], "seed"),
+        ([*run, "--device", "abacus"], "--device abacus"),
+    ]
+    for flags, said in table:
+        with pytest.raises(UserError) as error:
+            main(*flags)
+        assert said in str(error.value), f"{flags}: {error.value}"
+        assert capsys.readouterr().out == ""
+    result = script(*run, "--temperature", "warm")
+    assert result.returncode == 2
+    assert b"--temperature" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_ctrl_c_prints_what_it_has_and_exits_130(run_folder):
+    command = [sys.executable, "sample.py", "--checkpoint", str(run_folder), "--prompt", "start", "--num_samples", "2",
+               "--max_new_tokens", "1000000", "--temperature", "0"]  # fmt: skip
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        killer = threading.Timer(100, process.kill)
+        killer.start()
+        seen = process.stdout.read(20)  # it streams: text is here long before the end
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+        killer.cancel()
+    assert process.returncode == 130 and err == b""
+    samples = (seen + out).decode().split(sample.RULE)
+    assert len(samples) == 2 and len(samples[0].strip()) == len(samples[1].strip())
+    assert all(text.strip("\n").startswith("start") for text in samples)
+
+
+def test_a_reader_that_leaves_is_no_error(run_folder):
+    command = f"{sys.executable} sample.py --checkpoint {run_folder} --max_new_tokens 9999 --temperature 0 | head -c 20"
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, timeout=120)
+    assert (result.returncode, result.stderr) == (0, b"")
