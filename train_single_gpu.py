@@ -240,22 +240,11 @@ class Machine(NamedTuple):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
-def choose_device(name):
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not to be had on this machine: try --device auto") from None
-    return device
-
-
 def set_up_machine(args):
     """The device, autocast type, rank and world size; torchrun's environment variables start the process group."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     check_args(args, world_size)
-    device = choose_device(args.device)
+    device = checkpoint.choose_device(args.device)
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -491,7 +480,11 @@ def find_checkpoint(args, folder, log_path, machine):
     if args.resume == "auto":
         return checkpoint.load_newest(folder)[1]
     if args.resume:
-        return checkpoint.load(args.resume)
+        state = checkpoint.load(args.resume)
+        last = checkpoint.newest(folder)
+        if last and int(last.stem[5:]) > state["step"]:  # else a later --resume auto would go back to it
+            raise UserError(f"{last} is newer than {args.resume}: remove what is newer, or give another --run_id")
+        return state
     for path in (log_path, checkpoint.newest(folder)) if machine.is_main else ():
         if path and path.exists() and path.stat().st_size:
             raise UserError(f"{path} holds a run of this name: pass --resume auto to go on, or another --run_id")

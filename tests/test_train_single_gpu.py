@@ -238,9 +238,17 @@ def test_a_resumed_run_is_the_run_left_alone(train, settings):
 
 def test_resume_by_path_and_without_a_run_id(train):
     train(name="a", max_steps=6, save_checkpoint_every=3)
-    code, streams = train(name="a", max_steps=10, resume="checkpoints/a_test_seed_1337/step_000003.pt")
+    older = "checkpoints/a_test_seed_1337/step_000003.pt"
+    with pytest.raises(UserError, match=r"step_000006.pt is newer than .*step_000003.pt"):
+        train(name="a", max_steps=10, resume=older)
+    code, fork = train(name="a", max_steps=10, resume=older, run_id="fork")
+    assert code == 0 and fork["train"][0].tolist() == list(range(3, 10))
+    Path("checkpoints/a_test_seed_1337/step_000006.pt").unlink()
+    code, streams = train(name="a", max_steps=10, resume=older)
     assert code == 0 and streams["train"][0].tolist() == list(range(10))
     train(name="a", run_id="", max_steps=12, resume="auto")
+    newest = max(Path("checkpoints").iterdir(), key=os.path.getmtime).name
+    assert newest == "a_test_seed_1337"
     assert runlog.read(log_of(name="a"))["train"][0].tolist() == list(range(12))
 
 
