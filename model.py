@@ -126,11 +126,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         total = at_least_float32(h.new_zeros(()))
         grad_h, grad_w = [], torch.zeros_like(weight)
         for h_c, targets_c in zip(h.split(chunk), targets.split(chunk), strict=True):
-            logits, losses = cross_entropy_rows(h_c, w, targets_c)
-            total = total + losses.sum()
-            valid = (targets_c >= 0).to(logits.dtype) / count
-            grad = torch.softmax(logits, dim=-1) * valid[:, None]
-            grad = grad.scatter_add(1, targets_c.clamp(min=0)[:, None], -valid[:, None]).to(h.dtype)
+            logp = torch.log_softmax(at_least_float32(h_c @ w.t()), dim=-1)
+            index, valid = targets_c.clamp(min=0)[:, None], (targets_c >= 0).to(logp.dtype)[:, None]
+            total = total - (logp.gather(1, index) * valid).sum()
+            valid = valid / count
+            grad = logp.exp_().mul_(valid).scatter_add_(1, index, -valid).to(h.dtype)
             grad_h.append(grad @ w)
             grad_w += grad.t() @ h_c
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
@@ -306,12 +306,12 @@ class Dispatch(torch.autograd.Function):
     def forward(ctx, x_TD, row_N, pair_N):
         ctx.save_for_backward(row_N)
         ctx.n_tokens = x_TD.shape[0]
-        return x_TD[pair_N % x_TD.shape[0]]
+        return x_TD.index_select(0, pair_N % x_TD.shape[0])
 
     @staticmethod
     def backward(ctx, grad_ND):
         (row_N,) = ctx.saved_tensors
-        return sum(grad_ND[row_T] for row_T in row_N.split(ctx.n_tokens)), None, None
+        return sum(grad_ND.index_select(0, row_T) for row_T in row_N.split(ctx.n_tokens)), None, None
 
 
 class Combine(torch.autograd.Function):
@@ -322,16 +322,17 @@ class Combine(torch.autograd.Function):
         ctx.save_for_backward(y_ND, gate_TK, row_N, pair_N)
         gate_TK = gate_TK.to(y_ND.dtype)
         rows = row_N.split(gate_TK.shape[0])
-        return sum(y_ND[row_T] * gate_TK[:, k, None] for k, row_T in enumerate(rows))
+        return sum(y_ND.index_select(0, row_T) * gate_TK[:, k, None] for k, row_T in enumerate(rows))
 
     @staticmethod
     def backward(ctx, grad_TD):
         y_ND, gate_TK, row_N, pair_N = ctx.saved_tensors
-        n_tokens = gate_TK.shape[0]
         gate_N = gate_TK.t().reshape(-1)[pair_N].to(y_ND.dtype)  # in sorted order
-        grad_y_ND = grad_TD[pair_N % n_tokens] * gate_N[:, None]
-        grad_gates = [at_least_float32(y_ND[row_T] * grad_TD).sum(-1) for row_T in row_N.split(n_tokens)]
-        return grad_y_ND, torch.stack(grad_gates, dim=1).to(gate_TK.dtype), None, None
+        grad_ND = grad_TD.index_select(0, pair_N % gate_TK.shape[0])
+        grad_gate_N = (y_ND * grad_ND).sum(-1, dtype=gate_TK.dtype)
+        grad_gate_TK = grad_gate_N[row_N].view(gate_TK.shape[1], -1).t()
+        grad_y_ND = grad_ND * gate_N[:, None]
+        return grad_y_ND, grad_gate_TK, None, None
 
 
 class AddExpertBias(torch.autograd.Function):
@@ -352,6 +353,25 @@ class AddExpertBias(torch.autograd.Function):
         return grad_NF, (one_hot_EN.to(grad_NF.dtype) @ grad_NF).to(ctx.bias_dtype), None
 
 
+def window(dtype):
+    """Rows of a product are a multiple of this. oneDNN compiles a kernel for each new shape of a bfloat16 product, 5 ms
+    that a training step, whose row counts never repeat, would pay for each product. MKL's float32 ones need no care."""
+    return 64 if dtype == torch.bfloat16 else 1
+
+
+def row_windows(ends, dtype):
+    """(expert, start, end) that cover each expert's rows with counts that are multiples of the window; only an expert
+    with fewer rows than one window has another. The last window of an expert may compute some of its rows again."""
+    start, size = 0, window(dtype)
+    for e, end in enumerate(ends):
+        full = end - (end - start) % size
+        if start < full:
+            yield e, start, full
+        if full < end:
+            yield e, max(start, end - size), end
+        start = end
+
+
 @torch.library.custom_op("moe::grouped_linear", mutates_args=())
 def grouped_linear_loop(x_ND: torch.Tensor, weight_EDF: torch.Tensor, bias_EF: torch.Tensor | None,
                         ends_E: torch.Tensor) -> torch.Tensor:  # fmt: skip
@@ -361,13 +381,11 @@ def grouped_linear_loop(x_ND: torch.Tensor, weight_EDF: torch.Tensor, bias_EF: t
     row counts come to the host: right, not fast). A custom operator: torch.compile sees one node of fixed shape.
     """
     y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
-    start = 0
-    for e, end in enumerate(ends_E.tolist()):
+    for e, start, end in row_windows(ends_E.tolist(), x_ND.dtype):
         if bias_EF is None:
             torch.mm(x_ND[start:end], weight_EDF[e], out=y_NF[start:end])
         else:
             torch.addmm(bias_EF[e], x_ND[start:end], weight_EDF[e], out=y_NF[start:end])
-        start = end
     return y_NF
 
 
@@ -382,10 +400,14 @@ def grouped_linear_loop_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_x, grad_w = torch.empty_like(x_ND), torch.empty_like(weight_EDF)
     grad_b = weight_EDF.new_empty(weight_EDF.shape[0], weight_EDF.shape[2])
-    start = 0
-    for e, end in enumerate(ends_E.tolist()):
-        torch.mm(grad_NF[start:end], weight_EDF[e].t(), out=grad_x[start:end])
-        torch.mm(x_ND[start:end].t(), grad_NF[start:end], out=grad_w[e])  # zeros for an expert without tokens
+    ends, start = ends_E.tolist(), 0
+    for e, lo, hi in row_windows(ends, x_ND.dtype):
+        torch.mm(grad_NF[lo:hi], weight_EDF[e].t(), out=grad_x[lo:hi])
+    for e, end in enumerate(ends):
+        full = end - (end - start) % window(x_ND.dtype)
+        torch.mm(x_ND[start:full].t(), grad_NF[start:full], out=grad_w[e])  # zeros for an expert without tokens
+        if full < end:
+            grad_w[e].addmm_(x_ND[full:end].t(), grad_NF[full:end])
         torch.sum(grad_NF[start:end], dim=0, out=grad_b[e])
         start = end
     return grad_x, grad_w, grad_b

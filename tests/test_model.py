@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import model as model_module
-from model import GPT, GPTConfig, MoE, linear_cross_entropy, sort_by_expert
+from model import GPT, GPTConfig, MoE, grouped_linear, linear_cross_entropy, sort_by_expert
 
 TINY = {"block_size": 32, "vocab_size": 61, "n_layer": 3, "n_head": 2, "n_embd": 16}
 VARIANTS = {
@@ -164,6 +164,26 @@ def test_capacity_is_the_published_formula():
     assert moe.capacity(8) == 4  # min_capacity
     assert moe.eval().capacity(1000) == 500
     assert make(n_exp=2).moe_layers()[0][1].capacity(64) is None  # more than the tokens there are
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_grouped_linear_is_one_product_an_expert(dtype, tolerance):
+    """Row counts of all kinds: none, fewer than a window, whole windows, and what is left over."""
+    counts = [0, 5, 64, 193, 0, 63, 65, 1]
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((sum(counts), 16), (8, 16, 24), (8, 24), (sum(counts), 24))
+    x, w, b, g = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    ours = [t.clone().requires_grad_() for t in (x, w, b)]
+    exact = [t.double().requires_grad_() for t in (x, w, b)]
+    y = grouped_linear(*ours, ends)
+    rows = exact[0].split(counts)
+    y_ = torch.cat([rows[e] @ exact[1][e] + exact[2][e] for e in range(8)])
+    y.backward(g)
+    y_.backward(g.double())
+    for a, b_ in ((y, y_), *((p.grad, q.grad) for p, q in zip(ours, exact, strict=True))):
+        assert ((a.double() - b_).norm() / b_.norm()).item() < tolerance
+        assert a.dtype == dtype
 
 
 # -- the whole model
