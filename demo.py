@@ -27,15 +27,15 @@ SHARDS = HERE / "data" / "stdlib"
 OUT = HERE / "results" / "demo"
 VARIANTS = {"dense": ["--n_exp", "1"], "MoE, noisy top 2 of 8": ["--n_exp", "8", "--use_noisy_top_k"]}
 # GPT-2's vocabulary on a body small enough for two cores: two thirds of the work is the output projection.
-SIZE = ["--n_layer", "4", "--n_head", "4", "--n_embd", "128", "--T", "256", "--B", "8", "--total_batch_size", "2048"]
-SCHEDULE = ["--warmup_steps", "20", "--max_lr", "2e-3", "--val_loss_every", "10", "--val_loss_steps", "4"]
+SIZE = ["--n_layer", "4", "--n_head", "4", "--n_embd", "128", "--T", "128", "--B", "8", "--total_batch_size", "1024"]
+SCHEDULE = ["--warmup_steps", "10", "--max_lr", "2e-3", "--val_loss_every", "10", "--val_loss_steps", "4"]
 
 
 @dataclass
 class Args:
     """Train a dense GPT-2 and its Mixture-of-Experts twin for a few minutes, and show what came of it."""
 
-    steps: int = 160  # of each model, 2,048 tokens a step
+    steps: int = 150  # of each model, 1,024 tokens a step
     seed: int = 1337  # of both models
 
 
@@ -72,7 +72,7 @@ def plot(runs, path):
     for (label, (log, _)), style in zip(runs.items(), (("#000000", "--"), ("#0072B2", "-")), strict=True):
         left.plot(*log.streams["val"], color=style[0], linestyle=style[1], label=label)
     left.set(
-        xlabel="step (2,048 tokens each)", ylabel="validation cross-entropy (nats per token)", title="Validation loss"
+        xlabel="step (1,024 tokens each)", ylabel="validation cross-entropy (nats per token)", title="Validation loss"
     )
     left.legend(frameon=False)
     streams = runs["MoE, noisy top 2 of 8"][0].streams

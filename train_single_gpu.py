@@ -433,17 +433,23 @@ def print_samples(model, tokenizer, args, machine, step, say):
         say(f"step {step} sample {i}: {tokenizer.decode(text)!r}")
 
 
-def load_hellaswag(args, tokenizer, say):
+def load_hellaswag(args, tokenizer, machine, say):
     """The tokenised examples, or None: training goes on without the `hella` stream, and says so once."""
     if args.hellaswag_every == 0:
         return None
+    if machine.world_size > 1 and not machine.is_main:
+        dist.barrier()  # rank 0 downloads
     try:
-        return hellaswag.tokenize(hellaswag.load_examples(args.hellaswag_data or None, args.hellaswag_limit), tokenizer)
+        examples = hellaswag.load_examples(args.hellaswag_data or None, args.hellaswag_limit)
+        return hellaswag.tokenize(examples, tokenizer)
     except UserError as error:
         if args.hellaswag_data:
             raise
         say(f"no HellaSwag in this run: {error}")
         return None
+    finally:
+        if machine.world_size > 1 and machine.is_main:
+            dist.barrier()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -603,7 +609,7 @@ def train(args, machine, log_path, folder, console):
         loader.load_state_dict(state["loader"])
         progress = Progress(**state["progress"])
     del state
-    examples = load_hellaswag(args, tokenizer, console.say)
+    examples = load_hellaswag(args, tokenizer, machine, console.say)
     about = describe_run(args, model, machine)
     print_header(args, about, loader.describe(), log_path, console.say)
     log = Log(args, machine, log_path, progress.step, about)

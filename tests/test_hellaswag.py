@@ -1,0 +1,399 @@
+"""HellaSwag: packed rows give what a plain one-by-one implementation gives, whatever else is in the batch."""
+
+import dataclasses
+import http.server
+import json
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import hellaswag
+from cli import UserError
+from hellaswag import Example
+from model import GPT, GPTConfig
+from tokenizer import get_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT / "../shared/data/hellaswag_val.jsonl"
+LINE = {"ind": 0, "activity_label": "Baking", "ctx": "A man kneads dough. he", "label": 1, "split": "val"}
+LINE["endings"] = ["bakes bread.", "bakes a loaf of bread.", "is a shoe on the moon.", "runs."]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny models: more threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def real_lines(count):
+    if not REAL.exists():
+        pytest.skip("the real HellaSwag file is not here (../shared/data/hellaswag_val.jsonl)")
+    lines = REAL.read_text().splitlines()
+    return [json.loads(line) for line in random.Random(0).sample(lines, count)]
+
+
+def tiny(block_size=1024, vocab_size=257, seed=0, **changes):
+    """A model whose logits are spread out, so that a wrong mask or position cannot hide."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(block_size, vocab_size, n_layer=3, n_head=2, n_embd=32, **changes))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model
+
+
+def overflowing_moe(**changes):
+    """Capacity would drop most choices: they reach the output only when evaluation routes dropless."""
+    capacity = {"train_capacity": 0.5, "eval_capacity": 0.5, "min_capacity": 1}
+    return tiny(n_exp=4, use_noisy_top_k=True, dropout=0.1, **capacity, **changes)
+
+
+def random_examples(count, seed=0, vocab_size=257, longest=40):
+    draw = np.random.default_rng(seed)
+
+    def tokens():
+        return tuple(draw.integers(vocab_size, size=draw.integers(1, longest)).tolist())
+
+    return [Example(tokens(), tuple(tokens() for _ in range(4)), int(draw.integers(4))) for _ in range(count)]
+
+
+@torch.no_grad()
+def plain_losses(model, examples):
+    """Total and mean loss (n, 4) of each ending, the simplest way: a forward an ending, logits at every position."""
+    model.eval()
+    table = []
+    for context, endings, _ in examples:
+        for ending in endings:
+            idx = torch.tensor([context + ending])[:, -model.config.block_size :]
+            log_probs = torch.log_softmax(model(idx[:, :-1], dropless=True).logits[0].float(), dim=-1)
+            losses = -log_probs.gather(1, idx[0, 1:, None])[-len(ending) :, 0].double()
+            table.append((losses.sum().item(), losses.mean().item()))
+    total, mean = np.array(table).T.reshape(2, -1, 4)
+    return total, mean
+
+
+def losses_of(model, examples, **options):
+    total, counts, _ = hellaswag.ending_losses(model, examples, "cpu", **options)
+    return total, total / counts
+
+
+# ---- the same numbers as one by one
+
+
+@pytest.mark.parametrize("block_size", [1024, 60, 30, 2])
+@pytest.mark.parametrize("build", [tiny, overflowing_moe])
+def test_losses_are_those_of_one_by_one(build, block_size):
+    model, examples = build(block_size=block_size), random_examples(40)
+    total, mean = losses_of(model, examples)
+    expected_total, expected_mean = plain_losses(model, examples)
+    assert np.abs(mean - expected_mean).max() < 1e-5 and np.allclose(total, expected_total, rtol=1e-5)
+
+
+REAL_CASES = [("gpt2", 30, 1024), ("gpt2", 30, 40), ("bytes", 80, 1024), ("bytes", 60, 200)]
+
+
+@pytest.mark.parametrize("name, count, block_size", REAL_CASES)
+def test_predictions_on_real_examples_are_those_of_one_by_one(name, count, block_size):
+    tokenizer = get_tokenizer(name)
+    examples = hellaswag.tokenize(real_lines(count), tokenizer)
+    model = tiny(block_size, tokenizer.vocab_size)
+    result = hellaswag.evaluate(model, examples, "cpu")
+    total, mean = plain_losses(model, examples)
+    labels = np.array([x.label for x in examples])
+    assert result.predictions == mean.argmin(axis=1).tolist()
+    assert result.acc == (total.argmin(axis=1) == labels).mean()
+    assert result.acc_norm == (mean.argmin(axis=1) == labels).mean()
+    too_long = [len(x.context) + max(map(len, x.endings)) > block_size for x in examples]
+    assert result.cropped == sum(too_long) and any(too_long) == (block_size < 1024)
+
+
+@pytest.mark.parametrize("build", [tiny, overflowing_moe])
+def test_losses_do_not_depend_on_the_batch(build):
+    model, examples = build(block_size=64), random_examples(30)
+    _, together = losses_of(model, examples)
+    order = np.random.default_rng(1).permutation(len(examples))
+    _, shuffled = losses_of(model, [examples[i] for i in order], batch_tokens=700)
+    alone = [losses_of(model, [example])[1][0] for example in examples]
+    assert np.abs(shuffled - together[order]).max() < 1e-5 and np.abs(np.array(alone) - together).max() < 1e-5
+
+
+def test_capacity_would_have_changed_the_losses():
+    """Without this the dropless tests above could not fail."""
+    model, examples = overflowing_moe().eval(), random_examples(4)
+    idx = torch.tensor([examples[0].context + examples[0].endings[0]])
+    with torch.no_grad():
+        assert (model(idx).logits - model(idx, dropless=True).logits).abs().max() > 1e-2
+
+
+def test_the_rows_share_the_context_and_fit_the_budget():
+    examples = random_examples(20)
+    rows, _, _, cropped = hellaswag.build_rows(examples, 1024)
+    tokens = sum(len(x.context) + sum(len(ending) - 1 for ending in x.endings) for x in examples)
+    assert len(rows) == 20 and cropped == 0 and sum(row.length for row in rows) == tokens
+    batches = list(hellaswag.split_rows(rows, 500, 0, 1))
+    assert sum(map(len, batches)) == 20 and len(batches) < 20
+    assert all(len(batch) * batch[0].length <= 500 for batch in batches)
+    assert [len(batch) for batch in hellaswag.split_rows(rows, 1, 0, 1)] == [1] * 20
+
+
+def test_equal_endings_tie_and_the_first_is_chosen():
+    model = tiny()
+    context, (a, b, c, _), _ = random_examples(1)[0]
+    best = min((a, b, c), key=lambda ending: plain_losses(model, [Example(context, (ending,) * 4, 0)])[1][0, 0])
+    others = [ending for ending in (a, b, c) if ending != best]
+    result = hellaswag.evaluate(model, [Example(context, (others[0], best, others[1], best), 1)], "cpu")
+    assert result.predictions == [1] and result.ties == 1 and result.acc_norm == 1
+
+
+def test_standard_error_and_a_broken_model():
+    examples = random_examples(20)
+    result = hellaswag.evaluate(tiny(), examples, "cpu")
+    assert result.n == 20 and result.stderr == pytest.approx((result.acc_norm * (1 - result.acc_norm) / 20) ** 0.5)
+    model = tiny()
+    model.transformer.ln_f.weight.data.fill_(torch.nan)
+    result = hellaswag.evaluate(model, examples, "cpu")
+    assert np.isnan(result.acc) and np.isnan(result.acc_norm)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_no_trace(training):
+    model = overflowing_moe().train(training)
+    model(torch.arange(20)[None], torch.arange(20)[None]).loss.backward()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    hellaswag.evaluate(model, random_examples(5), "cpu")
+    assert model.training == training and all(m.training == training for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+    assert grads and all(torch.equal(model.get_parameter(name).grad, grad) for name, grad in grads.items())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_mode_comes_back_after_an_error():
+    model = tiny(vocab_size=16).train()
+    with pytest.raises(IndexError):
+        hellaswag.evaluate(model, random_examples(1), "cpu")  # tokens beyond the vocabulary
+    assert model.training
+
+
+# ---- the file
+
+
+def write_lines(path, *lines):
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+MALFORMED = {
+    "not JSON": ("{'ctx': 1}", "is not JSON"),
+    "torn": ('{"ctx": "A man', "is not JSON"),
+    "deeply nested": ("[" * 100_000, "is not JSON"),
+    "no object": ("[1, 2]", "not a JSON object"),
+    "no label": ({k: v for k, v in LINE.items() if k != "label"}, "no 'label'"),
+    "label 4": ({**LINE, "label": 4}, "label 4 is not one of"),
+    "label -1": ({**LINE, "label": -1}, "label -1"),
+    "label text": ({**LINE, "label": "1"}, "label '1'"),
+    "label true": ({**LINE, "label": True}, "label True"),
+    "three endings": ({**LINE, "endings": ["a", "b", "c"]}, "not a list of four"),
+    "endings text": ({**LINE, "endings": "abcd"}, "not a list of four"),
+    "empty ending": ({**LINE, "endings": ["a", "b", "", "d"]}, "ending 2 is not a text"),
+    "blank ending": ({**LINE, "endings": ["a", "b", "c", " \n"]}, "ending 3 is not a text"),
+    "ending number": ({**LINE, "endings": ["a", 2, "c", "d"]}, "ending 1 is not a text"),
+    "empty context": ({**LINE, "ctx": " "}, "'ctx' is not a text"),
+}
+
+
+@pytest.mark.parametrize("line, message", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_line_is_named(tmp_path, line, message):
+    path = write_lines(tmp_path / "h.jsonl", LINE, "", line)
+    with pytest.raises(UserError, match="line 3") as error:
+        hellaswag.load_examples(path)
+    assert message in str(error.value)
+    assert len(hellaswag.load_examples(path, limit=1)) == 1  # what is not asked for is not read
+
+
+@pytest.mark.parametrize("text", ["", "\n \n"])
+def test_a_file_without_examples_is_refused(tmp_path, text):
+    path = tmp_path / "h.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match="no examples"):
+        hellaswag.load_examples(path)
+
+
+def test_invalid_utf8_missing_file_folder_and_limit(tmp_path):
+    (tmp_path / "h.jsonl").write_bytes(json.dumps(LINE).encode() + b'\n{"ctx": "\xff"}\n')
+    for path, message in [("h.jsonl", "line 2 is not JSON"), ("none.jsonl", "--data FILE"), (".", "--data FILE")]:
+        with pytest.raises(UserError, match=message):
+            hellaswag.load_examples(tmp_path / path)
+    with pytest.raises(UserError, match="--limit"):
+        hellaswag.load_examples(tmp_path / "h.jsonl", limit=0)
+
+
+def test_a_block_size_that_predicts_nothing_is_refused():
+    with pytest.raises(UserError, match="block_size 1"):
+        hellaswag.evaluate(tiny(block_size=1), random_examples(1), "cpu")
+
+
+def test_tokens_are_those_of_the_context_and_of_a_space_and_the_ending():
+    tokenizer = get_tokenizer("gpt2")
+    (example,) = hellaswag.tokenize([LINE], tokenizer)
+    assert tokenizer.decode(example.context) == LINE["ctx"] and example.label == 1
+    assert [tokenizer.decode(ending) for ending in example.endings] == [" " + text for text in LINE["endings"]]
+    assert tokenizer.encode_ordinary(LINE["ctx"] + " bakes bread.") == [*example.context, *example.endings[0]]
+
+
+# ---- the download, from a server of our own
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = (json.dumps(LINE) + "\n").encode()
+        self.send_response(404 if "missing" in self.path else 200)
+        self.send_header("Content-Length", str(len(body) + 100 * ("torn" in self.path)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_the_file_is_downloaded_once(tmp_path, monkeypatch, server):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hellaswag, "URL", f"{server}/h.jsonl")
+    assert hellaswag.load_examples() == [LINE]
+    monkeypatch.setattr(hellaswag, "URL", f"{server}/missing")
+    assert hellaswag.load_examples() == [LINE]
+    assert [path.name for path in hellaswag.PATH.parent.iterdir()] == [hellaswag.PATH.name]
+
+
+@pytest.mark.parametrize("name", ["missing", "torn", "nobody"])
+def test_a_download_that_fails_leaves_nothing_and_says_what_helps(tmp_path, monkeypatch, server, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:1/" if name == "nobody" else f"{server}/{name}")
+    with pytest.raises(UserError, match="--data FILE"):
+        hellaswag.load_examples()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- several ranks
+
+WORKER = """
+import json, sys, torch, torch.distributed as dist
+import hellaswag, test_hellaswag as t
+torch.set_num_threads(1)
+rank, address, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+share = {"batch_tokens": 300, "rank": rank, "world_size": 2}
+json.dump([t.what_all_ranks_know(*case, **share) for case in t.shared_cases()], open(out, "w"))
+dist.destroy_process_group()
+"""
+
+
+def shared_cases():
+    """A model with 12 examples, and with a single one, of which the second rank has no part."""
+    return [(overflowing_moe(block_size=60), random_examples(12)), (overflowing_moe(), random_examples(1))]
+
+
+def what_all_ranks_know(model, examples, **share):
+    total, _, _ = hellaswag.ending_losses(model, examples, "cpu", **share)
+    return total.tolist(), hellaswag.evaluate(model, examples, "cpu", **share)._replace(seconds=0)
+
+
+def test_two_ranks_give_the_result_of_one(tmp_path):
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    address, outs = (tmp_path / "meeting").as_uri(), [tmp_path / f"{rank}.json" for rank in range(2)]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), address, str(out)], env=env)
+        for rank, out in enumerate(outs)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    first, second = (json.loads(out.read_text()) for out in outs)
+    assert first == second
+    for case, (total, result) in zip(shared_cases(), first, strict=True):
+        alone_total, alone_result = what_all_ranks_know(*case)
+        assert result == list(alone_result) and np.allclose(total, alone_total, rtol=1e-5)
+
+
+# ---- the script
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint of the bytes tokenizer, one whose vocabulary is too small for it, and a data file."""
+    folder = tmp_path_factory.mktemp("hellaswag")
+    for name, vocab_size in [("step_000001.pt", 257), ("small.pt", 100), ("nan.pt", 257)]:
+        model = tiny(block_size=32, vocab_size=vocab_size)
+        if name == "nan.pt":
+            model.transformer.ln_f.weight.data.fill_(torch.nan)
+        state = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), "tokenizer": "bytes"}
+        checkpoint.save(state, folder / name)
+    write_lines(folder / "h.jsonl", LINE, {**LINE, "label": 0})
+    write_lines(folder / "bad.jsonl", LINE, {**LINE, "label": 7})
+    return folder
+
+
+def script(folder, *args):
+    command = [sys.executable, str(ROOT / "hellaswag.py"), *args]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+
+
+def test_the_script_writes_what_it_prints(folder):
+    done = script(folder, "--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--out", "out.json", "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    out = json.loads((folder / "out.json").read_text())
+    examples = hellaswag.tokenize([LINE, {**LINE, "label": 0}], get_tokenizer("bytes"))
+    result = hellaswag.evaluate(tiny(block_size=32), examples, "cpu")
+    assert {**out, "seconds": 0} == {"model": "step_000001.pt", **result._asdict(), "seconds": 0}
+    assert out.keys() >= {"acc", "acc_norm", "stderr", "n", "predictions"} and out["cropped"] == 2
+    assert f"acc_norm  {result.acc_norm:.4f} ± {result.stderr:.4f}" in done.stdout and "2 cropped" in done.stdout
+
+
+WRONG = {
+    "no model": (["--data", "h.jsonl"], "--checkpoint PATH or --init_from"),
+    "two models": (["--checkpoint", "step_000001.pt", "--init_from", "gpt2"], "--checkpoint PATH or --init_from"),
+    "no checkpoint": (["--checkpoint", "none.pt", "--data", "h.jsonl"], "none.pt"),
+    "bad line": (["--checkpoint", "step_000001.pt", "--data", "bad.jsonl"], "bad.jsonl line 2: label 7"),
+    "small vocabulary": (["--checkpoint", "small.pt", "--data", "h.jsonl"], "knows 100 tokens"),
+    "not finite": (["--checkpoint", "nan.pt", "--data", "h.jsonl"], "not finite"),
+    "out": (["--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--out", "no/such/out.json"], "--out"),
+    "device": (["--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--device", "abacus"], "--device abacus"),
+    "limit": (["--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--limit", "0"], "--limit"),
+    "budget": (["--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--batch_tokens", "0"], "--batch_tokens"),
+}
+
+
+@pytest.mark.parametrize("args, message", WRONG.values(), ids=WRONG.keys())
+def test_what_the_user_must_change_is_one_line_and_exit_code_2(folder, args, message, monkeypatch, capsys):
+    """In this process, to save ten starts; one case runs as a process below."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py", *args])
+    with pytest.raises(SystemExit) as stop:
+        hellaswag.cli.run(hellaswag.main)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_a_mistake_ends_the_script_with_2(folder):
+    done = script(folder, "--checkpoint", "step_000001.pt", "--data", "bad.jsonl")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: bad.jsonl line 2: label 7")
