@@ -2,7 +2,7 @@
 
     make demo            # or: python demo.py
 
-Two CPU cores need about three minutes; with a GPU the same command uses it. The text is Python's own standard library,
+Two CPU cores need two to four minutes; with a GPU the same command uses it. The text is Python's own standard library,
 the tokenizer GPT-2's. Everything lands in results/demo/, the shards in data/stdlib/.
 """
 
@@ -35,7 +35,7 @@ SCHEDULE = ["--warmup_steps", "10", "--max_lr", "2e-3", "--val_loss_every", "10"
 class Args:
     """Train a dense GPT-2 and its Mixture-of-Experts twin for a few minutes, and show what came of it."""
 
-    steps: int = 150  # of each model, 1,024 tokens a step
+    steps: int = 100  # of each model, 1,024 tokens a step
     seed: int = 1337  # of both models
 
 

@@ -552,7 +552,7 @@ def file_sha256(path):
 def tokenize(documents, tokenizer, workers):
     """uint16 arrays that, one after the other, are the tokens of `documents` (strings), end of text before each.
 
-        tokens = np.concatenate(list(tokenize(texts, "gpt2", workers=2)))
+    tokens = np.concatenate(list(tokenize(texts, "gpt2", workers=2)))
     """
     groups = (list(split_text([text])) for text in documents)
     batches = ((None, batch) for batch in iter(lambda: next_batch(groups), []))

@@ -98,7 +98,7 @@ class Output(NamedTuple):
 # Cross-entropy without the logits
 
 
-LOGITS_PER_CHUNK = 2**27  # 512 MB in float32
+LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # in float32 32 MB, which glibc keeps for the next chunk, and 512 MB
 
 
 def at_least_float32(x):
@@ -132,7 +132,10 @@ class LinearCrossEntropy(torch.autograd.Function):
             valid = valid / count
             grad = logp.exp_().mul_(valid).scatter_add_(1, index, -valid).to(h.dtype)
             grad_h.append(grad @ w)
-            grad_w += grad.t() @ h_c
+            if grad.dtype == grad_w.dtype:
+                grad_w.addmm_(grad.t(), h_c)
+            else:
+                grad_w += grad.t() @ h_c
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
         return total / count
 
@@ -147,7 +150,7 @@ def linear_cross_entropy(h, weight, targets, reduction="mean"):
 
     h (N, D) in the compute type, weight (V, D), targets (N,) int64. Returns a float32 scalar, or (N,) for "none".
     """
-    chunk = max(1, LOGITS_PER_CHUNK // weight.shape[0])  # rows
+    chunk = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])  # rows
     if reduction == "mean" and torch.is_grad_enabled():
         return LinearCrossEntropy.apply(h, weight, targets, chunk)
     w = weight.to(h.dtype)

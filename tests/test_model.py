@@ -273,7 +273,7 @@ def test_ignored_targets_and_loss_per_position():
 
 @pytest.mark.parametrize("rows_a_chunk", [1, 7, 32, 100])
 def test_chunked_cross_entropy_equals_torchs(rows_a_chunk, monkeypatch):
-    monkeypatch.setattr(model_module, "LOGITS_PER_CHUNK", rows_a_chunk * 50)
+    monkeypatch.setitem(model_module.LOGITS_PER_CHUNK, "cpu", rows_a_chunk * 50)
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(65, 8, dtype=torch.float64, generator=generator)
     weight = torch.randn(50, 8, dtype=torch.float64, generator=generator)
