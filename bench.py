@@ -95,7 +95,7 @@ class Args:
     n_exp: int = 8  # experts
     threads: int | None = None  # of torch on the CPU (default: all cores)
     shard_tokens: int = 100_000_000  # of loader
-    megabytes: float = 8.0  # of text, the Python library's own, for tokenize
+    megabytes: float = 30.0  # of text, the Python library's own, for tokenize
     tokenizer: str = "gpt2"  # of tokenize: gpt2 or bytes
     examples: int = 200  # of hellaswag
     new_tokens: int = 192  # of sample
@@ -624,13 +624,14 @@ def bench_tokenize(args, dtype):
         raise RuntimeError("the two ways gave different tokens")
     for row in rows:
         row["M tokens/s"] = len(results["ours"]) / row["s"] / 1e6
-    return rows, samples, [Target("times faster than Pool.imap", rows[0]["times faster"], ">=", 1.0)]
+    return rows, samples, [Target("times faster than Pool.imap", rows[0]["times faster"], ">=", 1.2)]
 
 
 def encode_document(name, text):
     """One document the way the published preparation does: a list of ints, an array, a check of the range, uint16."""
     tokenizer = get_tokenizer(name)
-    ids = np.array([tokenizer.eot, *tokenizer.encode_ordinary(text)])
+    encoding = tokenizer.plain if name == "gpt2" else tokenizer  # tiktoken's own, not ours
+    ids = np.array([tokenizer.eot, *encoding.encode_ordinary(text)])
     if not ((ids >= 0) & (ids < 2**16)).all():
         raise ValueError("a token does not fit uint16")
     return ids.astype(np.uint16)

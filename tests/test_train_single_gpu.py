@@ -17,6 +17,7 @@ import torch
 from conftest import TINY_RUN, flags, lines
 
 import checkpoint
+import cli
 import runlog
 import train_single_gpu as trainer
 from cli import UserError
@@ -135,6 +136,13 @@ def test_what_cannot_be_parsed_exits_2(words, said):
     done = subprocess.run([sys.executable, ROOT / "train_single_gpu.py", *words], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(trainer.Args) if f.type not in ("str", str)])
+def test_a_value_of_the_wrong_type_is_one_line(name):
+    with pytest.raises(UserError) as error:
+        cli.parse(trainer.Args, [f"--{name}", "not-a-value"])
+    assert "\n" not in str(error.value) and ("not-a-value" in str(error.value) or name in str(error.value))
 
 
 # -- learning
