@@ -14,7 +14,7 @@ lint: .venv/dev
 	.venv/bin/ruff format --check .
 
 figures: .venv/dev
-	$(RUN) -c "import nbformat, nbclient; nbclient.NotebookClient(nbformat.read('plot_results.ipynb', as_version=4)).execute()"
+	MPLBACKEND=Agg $(RUN) -c "import nbformat, nbclient; nbclient.NotebookClient(nbformat.read('plot_results.ipynb', as_version=4)).execute()"
 
 bench: .venv/run
 	for part in step scale moe tokenize loader hellaswag sample; do $(RUN) bench.py $$part || exit; done
