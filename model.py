@@ -105,12 +105,6 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))  # float64, in the tests, stays as it is
 
 
-def cross_entropy_rows(h, weight, targets):
-    """Logits (N, V) of `h @ weight.T` in float32, and the cross-entropy (N,) of each row; 0 where the target is -1."""
-    logits = at_least_float32(h @ weight.t())
-    return logits, F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
-
-
 class LinearCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of `h @ weight.T`, a chunk of rows at a time, gradients included.
 
@@ -155,7 +149,8 @@ def linear_cross_entropy(h, weight, targets, reduction="mean"):
         return LinearCrossEntropy.apply(h, weight, targets, chunk)
     w = weight.to(h.dtype)
     pairs = zip(h.split(chunk), targets.split(chunk), strict=True)
-    losses = torch.cat([cross_entropy_rows(h_c, w, targets_c)[1] for h_c, targets_c in pairs])
+    losses = [F.cross_entropy(at_least_float32(h_c @ w.t()), t, ignore_index=-1, reduction="none") for h_c, t in pairs]
+    losses = torch.cat(losses)
     return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
 
