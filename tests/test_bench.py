@@ -79,11 +79,16 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     script = str(Path(bench.__file__))
     tokens = {"step": ("64", "128"), "scale": ("64", "128", "256"), "moe": ("64",)}
+    data = folder / "hellaswag.jsonl"
+    endings = ["runs.", "runs home.", "is a shoe.", "sleeps."]
+    lines = [json.dumps({"ctx": f"A man {verb}. He", "endings": endings, "label": 1}) for verb in ("eats", "is tired")]
+    data.write_text("\n".join(lines))
     processes = {}
     for name in BENCHES:
         extra = ("--tokens", *tokens[name]) if name in tokens else ()
         dtype = "both" if name in ("step", "moe") else "float32"
-        words = [sys.executable, script, name, *TINY, "--dtype", dtype, "--out_dir", str(folder), *extra]
+        words = [sys.executable, script, name, *TINY, "--data", str(data), "--dtype", dtype, "--out_dir", str(folder)]
+        words += extra
         processes[name] = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for name, process in processes.items():
         out, errors = process.communicate(timeout=120)
@@ -108,6 +113,12 @@ def test_subcommand_writes_whole_json(results, name):
     assert not list(results.glob("*.tmp"))
 
 
+def test_fast_ways_give_what_the_usual_ones_give(results):
+    for name in ("hellaswag", "sample"):
+        rows = json.loads((results / f"{name}_cpu_float32.json").read_text())["rows"]
+        assert all(row["agreement"] == 1 for row in rows if row["way"] != "published"), rows
+
+
 def test_memory_is_linear_and_one_hot_is_not(results):
     """At these sizes the fixed part is small; the slope of the largest step is what counts."""
     rows = json.loads((results / "scale_cpu_float32.json").read_text())["rows"]
@@ -123,6 +134,7 @@ def test_memory_is_linear_and_one_hot_is_not(results):
     (("step", "--variants", "dens"), "no 'dens'"),
     (("step", "--imbalanced", "--uniform_routing"), "exclude each other"),
     (("step", "--rounds", "0"), "--rounds 0"),
+    (("sample", "--T", "32", "--new_tokens", "30"), "--new_tokens 30 must lie in 4 to T - 8 = 24"),
 ])  # fmt: skip
 def test_bad_settings_are_said(argv, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench.py", *argv, "--device", "cpu"])

@@ -70,10 +70,11 @@ def reference_rows(lengths, T, seed, epochs):
         order = [int(i) for i in rng.permutation(len(texts))]
         starts = rng.integers(0, [max(1, min(T, len(texts[i]) - T)) for i in order])
         for i, start in zip(order, starts, strict=True):
-            text = texts[i][start:]
+            text, in_file_order = texts[i][start:], []
             while len(text) >= T + 1:
-                rows.append(text[: T + 1])
+                in_file_order.append(text[: T + 1])
                 text = text[T:]
+            rows += [in_file_order[j] for j in np.random.default_rng((seed, epoch, i)).permutation(len(in_file_order))]
     return rows
 
 
