@@ -51,7 +51,7 @@ import zstandard
 from tqdm import tqdm
 
 import cli
-from atomic import atomic_write
+from atomic import atomic_write, lock
 from cli import UserError
 from tokenizer import SPACE, get_tokenizer
 
@@ -85,14 +85,15 @@ def main():
     out = Path(args.out)
     check_writable(out)
     source, batches = open_source(args)
-    meta = read_meta(out, new_meta(args, source))
-    if meta["complete"]:
-        print(f"{out} is complete: {summary(meta)}")
-        return
-    if args.pretokenized:
-        fetch_pretokenized(args, out, meta)
-    else:
-        write_shards(args, out, meta, batches)
+    with lock(out, "wait for it, or choose another --out"):
+        meta = read_meta(out, new_meta(args, source))
+        if meta["complete"]:
+            print(f"{out} is complete: {summary(meta)}")
+            return
+        if args.pretokenized:
+            fetch_pretokenized(args, out, meta)
+        else:
+            write_shards(args, out, meta, batches)
     print(f"{out}: {summary(meta)}")
 
 

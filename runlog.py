@@ -16,13 +16,10 @@ s updates (`val`, `hella`, `load_{layer}_{expert}`) or of the update numbered s 
 Beside a log lies `{stem}.json` with the settings, versions and FLOPs per token of the run.
 """
 
-import contextlib
-import fcntl
 import json
 import math
 import os
 import re
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -125,46 +122,6 @@ def truncate(path, step):
             fields = line.split()
             if line.endswith(b"\n") and len(fields) == 3 and fields[0].isdigit() and int(fields[0]) < step:
                 out.write(line)
-
-
-@contextlib.contextmanager
-def lock(path):
-    """Hold the log `path` for this process: a second live run of the same name gets a UserError.
-
-    The lock is the kernel's, on `<path>.lock`: it ends with the process, however that ends; a stale file is
-    no obstacle.
-    """
-    lock_path = Path(f"{path}.lock")
-    file = _open_lock(lock_path)
-    try:
-        file.truncate(0)
-        file.write(f"{os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
-        yield
-    finally:
-        lock_path.unlink(missing_ok=True)  # while still held: whoever opened it meanwhile sees that and tries again
-        file.close()
-
-
-def _open_lock(lock_path):
-    while True:
-        try:
-            lock_path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(lock_path, "a+b")  # noqa: SIM115 - held as long as the lock
-        except OSError as error:
-            raise UserError(f"cannot write {lock_path}: {error.strerror}; choose another --logs_dir") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().decode(errors="replace") or "unknown"
-            file.close()
-            message = f"{lock_path.with_suffix('')} is being written by process {holder}"
-            raise UserError(f"{message}; wait for it, or give this run another --run_id") from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
-                return file
-        file.close()  # the last holder removed the file between our open and our lock
 
 
 # ---------------------------------------------------------------------------------------------------------------------

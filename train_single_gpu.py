@@ -38,7 +38,7 @@ import cli
 import hellaswag
 import runlog
 import sample
-from atomic import atomic_write
+from atomic import atomic_write, lock
 from cli import UserError
 from dataloader import DataLoader
 from model import GPT, GPTConfig
@@ -711,7 +711,8 @@ def run(args):
     if args.eval_only:
         return evaluate_only(args, machine)
     log_path, folder = choose_names(args)
-    with runlog.lock(log_path) if machine.is_main else contextlib.nullcontext():
+    remedy = "wait for it, or choose another --run_id or --logs_dir"
+    with lock(log_path, remedy) if machine.is_main else contextlib.nullcontext():
         return train(args, machine, log_path, folder, Console(args, machine))
 
 

@@ -20,6 +20,7 @@ import pytest
 import zstandard
 
 import fineweb
+from atomic import lock
 from cli import UserError
 from tokenizer import get_tokenizer
 
@@ -264,6 +265,13 @@ def stdlib_shards(tmp_path_factory):
     done = run(*flags, "--out", out)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return out, flags
+
+
+def test_two_at_once_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("some text " * 100)
+    with lock(tmp_path / "out", ""):
+        message = refused(monkeypatch, "--files", tmp_path / "a.txt", "--tokenizer", "bytes", "--out", tmp_path / "out")
+    assert "is being written by process" in message and "another --out" in message
 
 
 def test_stdlib(stdlib_shards):

@@ -19,6 +19,7 @@ import cli
 import runlog
 import sweep
 import train_single_gpu
+from atomic import lock
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--n_layer 2 --n_head 2 --n_embd 16 --n_exp 4 --vocab_size 257 --B 2 --T 16 --total_batch_size 32"
@@ -160,7 +161,7 @@ def test_slurm_time(text, minutes):
 def test_finished_runs_are_skipped_and_failures_passed_over(call, tmp_path, shards):
     argv = ("--variants", "no_moe", "only_moe", "--seeds", "1", "--jobs", "2", *train_flags(shards, "--max_steps", "3"))
     blocked = runlog.log_path(tmp_path / "logs", "moe_n_exp_4", "sweep", 1)
-    with runlog.lock(blocked):  # as another process that writes this log would
+    with lock(blocked, ""):  # as another process that writes this log would
         out, error = call(*argv)
     assert "1 of 2 runs did not finish: only_moe seed 1 failed" in error and "is being written" in error
     assert "no_moe seed 1: done" in out
