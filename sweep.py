@@ -55,6 +55,7 @@ AUX = {"use_aux_loss": True}
 Z = {"use_router_z_loss": True}
 FULL_PREC = {"router_use_full_prec": True}
 SWITCH_INIT = {"use_switch_tfm_init": True}
+SWITCH_ROUTER = {"top_k": 1, "gate": "softmax"} | AUX
 ALL_TRICKS = NOISY | AUX | Z | FULL_PREC | SWITCH_INIT
 
 PUBLISHED = (  # the published ablation: each adds one trick to the one before
@@ -70,6 +71,7 @@ PUBLISHED = (  # the published ablation: each adds one trick to the one before
 )
 NEW = (
     Variant("top1_softmax", "top 1, softmax gate", "#332288", "-", "o", {"top_k": 1, "gate": "softmax"}),
+    Variant("top1_softmax_aux", "top 1, softmax gate, balanced", "#661100", "--", "p", SWITCH_ROUTER),
     Variant("dropless", "dropless", "#44AA99", "--", "s", {"train_capacity": math.inf, "eval_capacity": math.inf}),
     Variant("aux_only", "load-balance loss alone", "#117733", ":", "^", AUX),
     Variant("z_only", "router z-loss alone", "#CC6677", "-.", "D", Z),

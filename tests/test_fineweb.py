@@ -20,6 +20,7 @@ import pytest
 import zstandard
 
 import fineweb
+import textfiles
 from atomic import lock
 from cli import UserError
 from tokenizer import get_tokenizer
@@ -187,7 +188,7 @@ def test_chunks_of_a_file_make_no_difference():
 def test_character_across_blocks(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"a" * ((1 << 20) - 1) + "漢".encode())
-    assert "".join(fineweb.read_text(path)).endswith("a漢")
+    assert "".join(textfiles.read_text(path)).endswith("a漢")
 
 
 # Shards

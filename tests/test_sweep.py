@@ -82,8 +82,8 @@ def steps_logged(folder):
 
 def test_every_variant_has_its_own_log_name_colour_and_look():
     runs = [train_single_gpu.Args(**variant.settings) for variant in sweep.VARIANTS.values()]
-    assert len({train_single_gpu.variant_name(args) for args in runs}) == len(runs) == 17
-    assert len({variant.colour for variant in sweep.VARIANTS.values()}) == 17
+    assert len({train_single_gpu.variant_name(args) for args in runs}) == len(runs) == len(sweep.VARIANTS)
+    assert len({variant.colour for variant in sweep.VARIANTS.values()}) == len(sweep.VARIANTS)
     assert len({(variant.line, variant.marker) for variant in sweep.PUBLISHED}) == len(sweep.PUBLISHED)
     assert len({(variant.line, variant.marker) for variant in sweep.NEW}) == len(sweep.NEW)
 
@@ -119,8 +119,8 @@ def test_dry_run(call, tmp_path):
     out, error = call("--dry_run", "--tok_per_sec", "1e6", "--jobs", "2", "--", "--max_steps", "5000")
     assert error is None
     commands = [line for line in out.splitlines() if "train_single_gpu.py" in line]
-    assert len(commands) == 17 * 3 and all("--max_steps 5000" in line and "--resume auto" in line for line in commands)
-    tokens = 17 * 3 * 5000 * 524_288
+    assert len(commands) == 18 * 3 and all("--max_steps 5000" in line and "--resume auto" in line for line in commands)
+    tokens = 18 * 3 * 5000 * 524_288
     assert f"{tokens:9.3g}" in out and f"{tokens / 1e6 / 3600 / 2:.2f} hours on the clock with 2 at once" in out
     dense = next(line for line in out.splitlines() if line.startswith("no_moe"))
     assert math.isclose(float(dense.split()[4]), 5000 * 524_288 * 855e6, rel_tol=0.01)  # FACTS: 855 MFLOP a token
