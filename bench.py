@@ -15,16 +15,10 @@ Token frequencies are Zipf's and router weights three times their initial size, 
 training (MaxVio 0.6 to 7; the table says).
 """
 
-import dataclasses
 import functools
 import itertools
-import json
 import math
 import multiprocessing
-import os
-import platform
-import statistics
-import subprocess
 import sysconfig
 import tempfile
 import time
@@ -44,11 +38,12 @@ import fineweb
 import hellaswag
 import model as gpt
 import sample
-from atomic import atomic_write
 from cli import UserError
 from dataloader import DataLoader
 from model import GPT, GPTConfig
+from timing import Target, median_ratio, median_seconds, peak_bytes, report, take_turns
 from tokenizer import get_tokenizer
+from usual import encode_document, from_prefix, one_by_one, one_hot_moe
 
 VARIANTS = {  # settings of GPTConfig; n_exp 8 and no capacity where nothing else is said
     "dense": {"n_exp": 1},
@@ -154,131 +149,6 @@ def check_args(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Timing and memory
-
-
-def stamp(args):
-    if args.device == "cpu":
-        return time.process_time() if args.clock == "cpu" else time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # recorded in the stream: measuring makes the host wait for nothing
-    event.record()
-    return event
-
-
-def seconds_between(stamps):
-    if isinstance(stamps[0], float):
-        return [after - before for before, after in itertools.pairwise(stamps)]
-    stamps[-1].synchronize()
-    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(stamps)]
-
-
-def take_turns(args, variants, prepare=lambda round_number: None):
-    """{name: [seconds of each phase] per round}. All variants in each round, on the same data.
-
-    variants: {name: run}, run(data, mark) with data from prepare(round_number), calls mark() at the end of each phase.
-    """
-    samples = {name: [] for name in variants}
-    torch.compiler.set_stance("default")
-    for i in range(args.warmup + args.rounds):
-        if args.compile and i == args.warmup:
-            torch.compiler.set_stance("fail_on_recompile")  # what still compiles after the warm-up is an error
-        data = prepare(i)
-        for name, run in variants.items():
-            stamps = [stamp(args)]
-            run(data, lambda stamps=stamps: stamps.append(stamp(args)))
-            seconds = seconds_between(stamps)
-            if i >= args.warmup:
-                samples[name].append(seconds)
-    if args.profile:
-        data = prepare(args.warmup + args.rounds)
-        for name, run in variants.items():
-            write_trace(args, name, functools.partial(run, data, lambda: None))
-    return samples
-
-
-def median_ratio(samples, name, base, phase=None):
-    """Median over rounds of the ratio within a round: what slows the machine for a while slows both."""
-    pick = sum if phase is None else lambda seconds: seconds[phase]
-    return statistics.median(pick(a) / pick(b) for a, b in zip(samples[name], samples[base], strict=True))
-
-
-def median_seconds(samples, name, phase=None):
-    return statistics.median(sum(seconds) if phase is None else seconds[phase] for seconds in samples[name])
-
-
-def write_trace(args, name, run):
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if args.device == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    path = args.out_dir / f"trace_{args.bench}_{args.device}_{name.replace('@', '_')}.json"
-    profile.export_chrome_trace(str(path))
-    print(f"trace: {path}")
-
-
-def peak_bytes(device, run):
-    """Most memory that tensors made by run() held at one time.
-
-    On the CPU the sum of what the allocator was asked for, which, unlike the resident set, does not depend on what the
-    process did before. Scratch space inside kernels is not in it.
-    """
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return int(max(np.cumsum([0, *(event.nbytes() for event in events)])))
-
-
-def matmul_run(args, dtype):
-    """A square product of the type, for the rate that MFU is measured against."""
-    n = 8192 if args.device == "cuda" else min(2048, 4 * args.n_embd)
-    a, b = (torch.randn(n, n, device=args.device, dtype=getattr(torch, dtype)) for _ in range(2))
-    return 2 * n**3, lambda data, mark: (a @ b, mark())
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The reference: one-hot dispatch of the published kind
-
-
-def one_hot_moe(self, x, dropless=False):
-    """MoE.forward with tokens sent to the experts' slots, and back, by (T, E * C) matrices; C is the capacity.
-
-    These hold T * E * C = 2.5 T**2 numbers: memory and time a token grow with T.
-    """
-    x_TD = x.reshape(-1, x.shape[-1])
-    routing, experts = self.router(x_TD), self.experts
-    capacity = self.capacity(len(x_TD)) or len(x_TD)
-    choices_NE = F.one_hot(routing.expert_TK.t().reshape(-1), self.config.n_exp)  # choice-major, as capacity is given
-    place_N = (choices_NE * (choices_NE.cumsum(0) - 1)).sum(1)
-    slots_NC = F.one_hot(place_N.clamp(max=capacity - 1), capacity) * (place_N < capacity)[:, None]
-    gates_NE = choices_NE * routing.gate_TK.t().reshape(-1, 1)
-    pairs = zip(gates_NE.split(len(x_TD)), slots_NC.split(len(x_TD)), strict=True)
-    combine_TEC = sum(gates_TE[:, :, None] * slots_TC[:, None] for gates_TE, slots_TC in pairs)
-    x_TD = x_TD.to(gpt.compute_dtype(x_TD))
-    dispatch_TEC = (combine_TEC > 0).to(x_TD.dtype)
-    x_ECD = (dispatch_TEC.flatten(1).t() @ x_TD).view(self.config.n_exp, capacity, -1)
-    h_ECF = F.gelu(batched_linear(x_ECD, experts.c_fc, experts.fc_bias), approximate="tanh")
-    y_ECD = batched_linear(h_ECF, experts.c_proj, experts.proj_bias)
-    y_TD = combine_TEC.flatten(1).to(y_ECD.dtype) @ y_ECD.flatten(0, 1)
-    zero = torch.zeros((), device=x.device)
-    return y_TD.view(x.shape), zero, zero
-
-
-def batched_linear(x_ECD, weight_EDF, bias_E1F):
-    y_ECF = x_ECD @ weight_EDF.to(x_ECD.dtype)
-    return y_ECF if bias_E1F is None else y_ECF + bias_E1F.to(x_ECD.dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Training steps
 
 
@@ -367,6 +237,13 @@ def first_steps(args, name, dtype, tokens):
     return seconds, held + peak
 
 
+def matmul_run(args, dtype):
+    """A square product of the type, for the rate that MFU is measured against."""
+    n = 8192 if args.device == "cuda" else min(2048, 4 * args.n_embd)
+    a, b = (torch.randn(n, n, device=args.device, dtype=getattr(torch, dtype)) for _ in range(2))
+    return 2 * n**3, lambda data, mark: (a @ b, mark())
+
+
 def time_steps(args, dtype, cells):
     """Rows and samples for cells (variant, tokens); a variant has one model for all its sizes."""
     first = {cell: first_steps(args, cell[0], dtype, cell[1]) for cell in cells}
@@ -446,16 +323,6 @@ def bench_scale(args, dtype):
         growth = max(later / earlier for earlier, later in itertools.pairwise(slopes))
         targets.append(Target("memory a token, a step up over the one before", growth, "<=", 1.1))
     return rows, samples, targets
-
-
-class Target(NamedTuple):
-    name: str
-    value: float
-    relation: str
-    limit: float
-
-    def met(self):
-        return self.value >= self.limit if self.relation == ">=" else self.value <= self.limit
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -638,16 +505,6 @@ def bench_tokenize(args, dtype):
     return rows, samples, [Target("times faster than Pool.imap", rows[0]["times faster"], ">=", 1.2)]
 
 
-def encode_document(name, text):
-    """One document the way the published preparation does: a list of ints, an array, a check of the range, uint16."""
-    tokenizer = get_tokenizer(name)
-    encoding = tokenizer.plain if name == "gpt2" else tokenizer  # tiktoken's own, not ours
-    ids = np.array([tokenizer.eot, *encoding.encode_ordinary(text)])
-    if not ((ids >= 0) & (ids < 2**16)).all():
-        raise ValueError("a token does not fit uint16")
-    return ids.astype(np.uint16)
-
-
 def library_text(megabytes):
     """Python's own library, a document a file, up to this much."""
     documents, left = [], megabytes * 1e6
@@ -719,19 +576,6 @@ def bench_hellaswag(args, dtype):
     return rows, samples, targets
 
 
-def one_by_one(model, example, device):
-    """An example the published way: four padded rows, the logits of all positions, the mean loss of each ending."""
-    rows = [example.context + ending for ending in example.endings]
-    width = max(map(len, rows))
-    tokens = torch.tensor([(*row, *[0] * (width - len(row))) for row in rows], device=device)
-    place = torch.arange(1, width, device=device)
-    lengths = torch.tensor([len(row) for row in rows], device=device)
-    scored = (place >= len(example.context)) & (place < lengths[:, None])
-    logits = model(tokens, dropless=True).logits[:, :-1]
-    losses = F.cross_entropy(logits.transpose(1, 2).float(), tokens[:, 1:], reduction="none")
-    return int(((losses * scored).sum(1) / scored.sum(1)).argmin())
-
-
 def bench_sample(args, dtype):
     """Greedy text from one short prompt, with the key/value cache and with the whole prefix again for every token.
 
@@ -780,73 +624,6 @@ QUARTERS = 4  # parts of a text, timed apart: does a token cost more the later i
 
 def from_cache(model, prompt, new_tokens):
     return sample.stream(model, prompt, new_tokens, temperature=0)
-
-
-@torch.no_grad()
-def from_prefix(model, prompt, new_tokens):
-    """nanoGPT's and nanoMoE's way; the output projection at the last position alone, as theirs."""
-    idx = prompt
-    for _ in range(new_tokens):
-        tokens = model.lm_head(model.hidden_states(idx, dropless=True)[:, -1]).argmax(-1)
-        idx = torch.cat([idx, tokens[:, None]], dim=1)
-        yield tokens
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Report
-
-
-def report(args, dtype, rows, samples, targets):
-    print(f"\n{args.bench}, {args.device}, {dtype}")
-    print_table(rows)
-    for target in targets:
-        verdict = "met" if target.met() else "missed"
-        print(f"target  {target.name}: {target.value:.3g} {target.relation} {target.limit:.3g}  {verdict}")
-    result = {
-        "bench": args.bench, "dtype": dtype, "machine": describe_machine(args), "settings": dataclasses.asdict(args),
-        "rows": rows, "targets": [target._asdict() | {"met": bool(target.met())} for target in targets],
-        "samples_s": samples,
-    }  # fmt: skip
-    args.out_dir.mkdir(parents=True, exist_ok=True)
-    path = args.out_dir / f"{args.bench}_{args.device}_{dtype}.json"
-    with atomic_write(path, "w") as f:
-        json.dump(result, f, default=str, indent=1)
-    print(path)
-
-
-def print_table(rows):
-    def text(value):
-        if not isinstance(value, float):
-            return str(value)
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-    columns = {name: [name, *(text(row.get(name, "")) for row in rows)] for name in rows[0]}
-    widths = [max(map(len, column)) for column in columns.values()]
-    for line in zip(*columns.values(), strict=True):
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def describe_machine(args):
-    """What a number means nothing without."""
-    if args.device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        names = [line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
-        name = names[0] if names else platform.processor()
-    return {
-        "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_average": os.getloadavg(),
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain", "--untracked-files=no"),
-    }  # fmt: skip
-
-
-def read_lines(path):
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-def git(*words):
-    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 if __name__ == "__main__":

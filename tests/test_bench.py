@@ -13,6 +13,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import bench
+import timing
+import usual
 from model import GPT, GPTConfig
 
 BENCHES = ("step", "scale", "moe", "tokenize", "loader", "hellaswag", "sample")
@@ -36,7 +38,7 @@ def test_one_hot_reference_is_the_moe_layer(capacity, bias):
         for parameter in ours.experts.parameters():
             parameter.normal_(std=0.1)  # biases too, which start as zeros
     reference = copy.deepcopy(ours)
-    reference.forward = types.MethodType(bench.one_hot_moe, reference)
+    reference.forward = types.MethodType(usual.one_hot_moe, reference)
     x = torch.randn(2, 32, 32) + torch.randn(32)  # what tokens have in common makes the load uneven
     outputs, gradients = [], []
     for moe in (ours, reference):
@@ -70,7 +72,7 @@ def test_peak_bytes_counts_what_is_held_at_once():
         b, c = torch.empty(500_000), torch.empty(1_000_000)
         return b, c
 
-    assert 6_000_000 <= bench.peak_bytes("cpu", run) < 6_100_000
+    assert 6_000_000 <= timing.peak_bytes("cpu", run) < 6_100_000
 
 
 @pytest.fixture(scope="module")
