@@ -397,7 +397,7 @@ def to_csv(path, out):
         if name in EVENTS:
             steps, values = steps[values > 0], values[values > 0]
         elif name == "hours":
-            keep = np.isin(steps, val_steps)
+            keep = np.isin(steps + 1, val_steps)  # `hours` of update s - 1 is when val of step s is measured
             steps, values = steps[keep], values[keep]
         elif name not in WHOLE and not name.startswith("load_"):
             steps, values = thin(steps, values)
