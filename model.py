@@ -130,6 +130,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_w.addmm_(grad.t(), h_c)
             else:
                 grad_w += grad.t() @ h_c
+            del logp, grad  # else this chunk is held while the next one is computed
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
         return total / count
 
