@@ -259,19 +259,32 @@ def summary(paths, at_step=None):
     """A pandas.DataFrame with one row per variant, from logs, thinned CSVs or `Run`s.
 
     runs, diverged, died (never got past step 0), unfinished; then mean and standard deviation over the seeds of the
-    *remaining* runs: what diverged is counted, not averaged. `step` is the smallest last step averaged.
-    val, hella: last. best_val, best_hella: the best of each run. spikes: per run, over all runs. tok_per_sec: median
-    over all steps. max_vio: median over the last quarter of the steps. With `at_step`, logs are read only as far as
-    that step, and a run that has no val there is unfinished.
+    *remaining* runs: what diverged is counted, not averaged. `step` is the smallest last step averaged; spikes are per
+    run, over all runs. The other columns as in `table_of_runs`.
+    """
+    import pandas as pd
+
+    rows = table_of_runs(paths, at_step)
+    return pd.DataFrame([_row(name, group) for name, group in rows.groupby("name", sort=False)])
+
+
+def table_of_runs(paths, at_step=None):
+    """A pandas.DataFrame with one row per run, from logs, thinned CSVs or `Run`s.
+
+    val, hella: last. best_val, best_hella: the best. tok_per_sec: median over all steps. max_vio, drop_frac: median
+    over the last quarter of the steps. With `at_step`, logs are read only as far as that step, and a run that has no
+    val there is unfinished.
     """
     import pandas as pd
 
     runs = [run if isinstance(run, Run) else load_run(run) for run in paths]
-    rows = pd.DataFrame([_measure(run, at_step) for run in runs], columns=[*_COLUMNS])
-    return pd.DataFrame([_row(name, group) for name, group in rows.groupby("name", sort=False)])
+    return pd.DataFrame([_measure(run, at_step) for run in runs], columns=[*_COLUMNS])
 
 
-_COLUMNS = ("name", "state", "step", "val", "best_val", "hella", "best_hella", "spikes", "tok_per_sec", "max_vio")
+_COLUMNS = (
+    *("name", "seed", "state", "step", "val", "best_val", "hella", "best_hella"),
+    *("spikes", "tok_per_sec", "max_vio", "drop_frac"),
+)
 
 
 def _measure(run, at_step):
@@ -281,9 +294,9 @@ def _measure(run, at_step):
     state = "died" if died_at_start(streams) else "diverged" if diverged(streams) else "ok"
     if state == "ok" and at_step is not None and step < at_step:
         state = "unfinished"
-    vio_steps, vio = streams.get("max_vio", (np.zeros(0), np.zeros(0)))
     return {
         "name": run.name,
+        "seed": run.seed,
         "state": state,
         "step": step,
         "val": last.get("val", np.nan),
@@ -292,8 +305,14 @@ def _measure(run, at_step):
         "best_hella": np.nanmax(streams["hella"][1]) if "hella" in streams else np.nan,
         "spikes": len(spike_steps(streams)),
         "tok_per_sec": np.median(streams["tok_per_sec"][1]) if "tok_per_sec" in streams else np.nan,
-        "max_vio": np.median(vio[vio_steps >= 0.75 * vio_steps[-1]]) if len(vio) else np.nan,
+        "max_vio": _last_quarter(streams, "max_vio"),
+        "drop_frac": _last_quarter(streams, "drop_frac"),
     }
+
+
+def _last_quarter(streams, name):
+    steps, values = streams.get(name, (np.zeros(0), np.zeros(0)))
+    return np.median(values[steps >= 0.75 * steps[-1]]) if len(values) else np.nan
 
 
 def _row(name, group):
@@ -306,7 +325,7 @@ def _row(name, group):
     for column in ("val", "best_val", "hella", "best_hella"):
         row |= {f"{column}_mean": good[column].mean(), f"{column}_std": good[column].std()}
     row["spikes"] = group.spikes.mean()
-    return row | {column: good[column].mean() for column in ("tok_per_sec", "max_vio")}
+    return row | {column: good[column].mean() for column in ("tok_per_sec", "max_vio", "drop_frac")}
 
 
 def format_summary(table):

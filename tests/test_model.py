@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import model as model_module
+import timing
 from model import GPT, GPTConfig, MoE, grouped_linear, linear_cross_entropy, sort_by_expert
 
 TINY = {"block_size": 32, "vocab_size": 61, "n_layer": 3, "n_head": 2, "n_embd": 16}
@@ -289,6 +290,18 @@ def test_chunked_cross_entropy_equals_torchs(rows_a_chunk, monkeypatch):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(h, weight, targets), results[1][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_cross_entropy_holds_one_chunk_at_a_time(dtype, monkeypatch):
+    monkeypatch.setitem(model_module.LOGITS_PER_CHUNK, "cpu", 64 * 1000)
+    weight = torch.randn(1000, 8, requires_grad=True)
+
+    def peak(rows):
+        h, targets = torch.randn(rows, 8, dtype=dtype, requires_grad=True), torch.arange(rows)
+        return timing.peak_bytes("cpu", lambda: linear_cross_entropy(h, weight, targets))
+
+    assert peak(256) < peak(64) + 64 * 1000  # bytes; a chunk in float32 has four times as many
 
 
 # -- routing

@@ -75,6 +75,7 @@ def test_several_runs_one_diverged_one_thinned(tmp_path, monkeypatch):
         make_run(tmp_path / "small", seed, n_exp=1)
         make_run(tmp_path / "small", seed, use_aux_loss=True, diverge_at=35 if seed == 2 else None)
         make_run(tmp_path / "small", seed, n_exp=4)  # not in the table of variants by name, but by settings
+        make_run(tmp_path / "higher", seed, use_aux_loss=True, max_lr=0.5)
     log = make_run(tmp_path / "elsewhere", seed=3, gate="sigmoid")
     runlog.to_csv(log, tmp_path / "small" / f"{log.stem}.csv")
     shutil.move(log.with_suffix(".json"), tmp_path / "small")
@@ -85,6 +86,10 @@ def test_several_runs_one_diverged_one_thinned(tmp_path, monkeypatch):
     rows = (tmp_path / "figures/small_summary.csv").read_text().splitlines()
     assert [row.split(",")[:4] for row in rows if "aux_loss" in row] == [["moe_aux_loss", "aux_only", "2", "1"]]
     assert "only_moe" in text and "sigmoid" in text
+    (rates,) = (tmp_path / "figures").glob("*_learning_rates.csv")
+    head, *rows = (row.split(",")[:4] for row in rates.read_text().splitlines())
+    assert head == ["variant", "max_lr", "runs", "diverged"]
+    assert rows == [["aux_only", "0.5000", "2", "0"], ["aux_only", "0.0006", "2", "1"]]
 
 
 def test_notebook_is_committed_clean():

@@ -169,6 +169,13 @@ def test_summary_averages_over_seeds_and_leaves_out_what_failed(tmp_path):
     assert math.isclose(row.val_std, np.std([3.0, 3.5], ddof=1))
 
 
+def test_table_of_runs_takes_the_last_quarter(tmp_path):
+    lines = [f"{step} max_vio {step}\n{step} drop_frac {step / 100}\n{step} val {9 - step}\n" for step in range(9)]
+    row = runlog.table_of_runs([write_log(tmp_path / "log_moe_a_seed_7.txt", lines)]).iloc[0]
+    assert (row["name"], row.seed, row.state, row.step, row.val, row.max_vio) == ("moe", 7, "ok", 8, 1, 7)
+    assert math.isclose(row.drop_frac, 0.07) and math.isnan(row.hella)
+
+
 # ---- the published logs
 
 
