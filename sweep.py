@@ -276,7 +276,7 @@ def stop(jobs):
     """Pass the interrupt on, once; each run saves a checkpoint and leaves. A second Ctrl-C does not wait for that."""
     print(f"\nstopping: {len(jobs)} runs save a checkpoint; Ctrl-C again to kill them", file=sys.stderr)
     for job in jobs:
-        job.process.send_signal(signal.SIGINT)
+        job.process.terminate()  # not SIGINT, which what a shell starts with & ignores until it has its own handler
     try:
         for job in jobs:
             job.process.wait()

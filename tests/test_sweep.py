@@ -189,6 +189,19 @@ def test_ctrl_c_leaves_runs_that_resume(call, tmp_path, shards):
     assert steps.tolist() == list(range(done + 3))
 
 
+def test_a_background_sweep_stops_while_its_runs_start(tmp_path, shards):
+    argv = ("--variants", "no_moe", "--seeds", "1", "--jobs", "1", *train_flags(shards, "--max_steps", "1000000"))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what ends in &
+    try:
+        process = start(tmp_path, *argv)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    wait_for(psutil.Process(process.pid).children)
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "no_moe seed 1: interrupted" in out, err
+
+
 def test_a_diverged_run_is_recorded_and_passed_over(call, shards):
     argv = ("--variants", "no_moe", "--seeds", "1", *train_flags(shards, "--max_steps", "20", "--max_lr", "1e30"))
     for started in (True, False):
