@@ -18,6 +18,7 @@ A suffix names the shape: x_TD is (T, D). Pairs are numbered choice-major, n = k
 second choices, which is the order in which capacity is given out.
 """
 
+import itertools
 import math
 import warnings
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ class Output(NamedTuple):
 # Cross-entropy without the logits
 
 
-LOGITS_PER_CHUNK = {"cpu": 2**23, "cuda": 2**27}  # in float32 32 MB, which glibc keeps for the next chunk, and 512 MB
+# In float32 32 MB, just below what glibc maps anew for every chunk, and 512 MB.
+LOGITS_PER_CHUNK = {"cpu": 2**23 - 2**10, "cuda": 2**27}
 
 
 def at_least_float32(x):
@@ -114,12 +116,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, chunk):
+    def forward(ctx, h, weight, targets, n_chunks):
         w = weight.to(h.dtype)
         count = (targets >= 0).sum()
         total = at_least_float32(h.new_zeros(()))
         grad_h, grad_w = [], torch.zeros_like(weight)
-        for h_c, targets_c in zip(h.split(chunk), targets.split(chunk), strict=True):
+        for h_c, targets_c in zip(h.tensor_split(n_chunks), targets.tensor_split(n_chunks), strict=True):
             logp = torch.log_softmax(at_least_float32(h_c @ w.t()), dim=-1)
             index, valid = targets_c.clamp(min=0)[:, None], (targets_c >= 0).to(logp.dtype)[:, None]
             total = total - (logp.gather(1, index) * valid).sum()
@@ -145,11 +147,12 @@ def linear_cross_entropy(h, weight, targets, reduction="mean"):
 
     h (N, D) in the compute type, weight (V, D), targets (N,) int64. Returns a float32 scalar, or (N,) for "none".
     """
-    chunk = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])  # rows
+    rows = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])  # of a chunk, at most
+    n_chunks = max(1, math.ceil(h.shape[0] / rows))
     if reduction == "mean" and torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(h, weight, targets, chunk)
+        return LinearCrossEntropy.apply(h, weight, targets, n_chunks)
     w = weight.to(h.dtype)
-    pairs = zip(h.split(chunk), targets.split(chunk), strict=True)
+    pairs = zip(h.tensor_split(n_chunks), targets.tensor_split(n_chunks), strict=True)
     losses = [F.cross_entropy(at_least_float32(h_c @ w.t()), t, ignore_index=-1, reduction="none") for h_c, t in pairs]
     losses = torch.cat(losses)
     return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
@@ -356,23 +359,30 @@ class AddExpertBias(torch.autograd.Function):
         return grad_NF, (one_hot_EN.to(grad_NF.dtype) @ grad_NF).to(ctx.bias_dtype), None
 
 
-def window(dtype):
-    """Rows of a product are a multiple of this. oneDNN compiles a kernel for each new shape of a bfloat16 product, 5 ms
-    that a training step, whose row counts never repeat, would pay for each product. MKL's float32 ones need no care."""
-    return 64 if dtype == torch.bfloat16 else 1
+def window_step(n_rows, dtype):
+    """Row counts of products are rounded up to a multiple of this, which leaves at most 8 sizes an octave.
+
+    oneDNN compiles a kernel for each new shape of a bfloat16 product, 5 ms for a product of 0.5, and an expert's row
+    count hardly ever repeats. MKL's float32 products need no care.
+    """
+    return max(64, 2 ** n_rows.bit_length() // 16) if dtype == torch.bfloat16 else 1
 
 
 def row_windows(ends, dtype):
-    """(expert, start, end) that cover each expert's rows with counts that are multiples of the window; only an expert
-    with fewer rows than one window has another. The last window of an expert may compute some of its rows again."""
-    start, size = 0, window(dtype)
-    for e, end in enumerate(ends):
-        full = end - (end - start) % size
-        if start < full:
-            yield e, start, full
-        if full < end:
-            yield e, max(start, end - size), end
-        start = end
+    """(expert, low, start, end) of products that cover all rows: rows low:end are multiplied for the sake of start:end.
+
+    Experts come last to first, so that rows low:start, of experts before this one, are computed again after it. Where
+    too few rows stand before, an expert has two windows. One without rows has an empty one.
+    """
+    for e, (start, end) in reversed(list(enumerate(itertools.pairwise([0, *ends])))):
+        step = window_step(end - start, dtype)
+        rounded = math.ceil((end - start) / step) * step
+        if rounded > end:
+            full = end - (end - start) % step
+            if start < full:
+                yield e, start, start, full
+            start, rounded = full, step
+        yield e, max(0, end - rounded), start, end
 
 
 @torch.library.custom_op("moe::grouped_linear", mutates_args=())
@@ -384,11 +394,11 @@ def grouped_linear_loop(x_ND: torch.Tensor, weight_EDF: torch.Tensor, bias_EF: t
     row counts come to the host: right, not fast). A custom operator: torch.compile sees one node of fixed shape.
     """
     y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
-    for e, start, end in row_windows(ends_E.tolist(), x_ND.dtype):
+    for e, low, _, end in row_windows(ends_E.tolist(), x_ND.dtype):
         if bias_EF is None:
-            torch.mm(x_ND[start:end], weight_EDF[e], out=y_NF[start:end])
+            torch.mm(x_ND[low:end], weight_EDF[e], out=y_NF[low:end])
         else:
-            torch.addmm(bias_EF[e], x_ND[start:end], weight_EDF[e], out=y_NF[start:end])
+            torch.addmm(bias_EF[e], x_ND[low:end], weight_EDF[e], out=y_NF[low:end])
     return y_NF
 
 
@@ -397,22 +407,30 @@ def _(x_ND, weight_EDF, bias_EF, ends_E):
     return x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
 
 
+def zero_first_rows(x, n):
+    """x with its first n rows zero: a copy where there are any."""
+    return torch.cat([torch.zeros_like(x[:n]), x[n:]]) if n else x
+
+
 @torch.library.custom_op("moe::grouped_linear_backward", mutates_args=())
 def grouped_linear_loop_backward(
     grad_NF: torch.Tensor, x_ND: torch.Tensor, weight_EDF: torch.Tensor, ends_E: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_x, grad_w = torch.empty_like(x_ND), torch.empty_like(weight_EDF)
     grad_b = weight_EDF.new_empty(weight_EDF.shape[0], weight_EDF.shape[2])
-    ends, start = ends_E.tolist(), 0
-    for e, lo, hi in row_windows(ends, x_ND.dtype):
-        torch.mm(grad_NF[lo:hi], weight_EDF[e].t(), out=grad_x[lo:hi])
-    for e, end in enumerate(ends):
-        full = end - (end - start) % window(x_ND.dtype)
-        torch.mm(x_ND[start:full].t(), grad_NF[start:full], out=grad_w[e])  # zeros for an expert without tokens
-        if full < end:
-            grad_w[e].addmm_(x_ND[full:end].t(), grad_NF[full:end])
+    last = None
+    for e, low, start, end in row_windows(ends_E.tolist(), x_ND.dtype):
+        x, grad = x_ND[low:end], grad_NF[low:end]
+        torch.mm(grad, weight_EDF[e].t(), out=grad_x[low:end])
+        # Rows of other experts are no part of the weight gradient; zeros on the narrower side are the smaller copy.
+        if x.shape[1] < grad.shape[1]:
+            x = zero_first_rows(x, start - low)
+        else:
+            grad = zero_first_rows(grad, start - low)
+        torch.addmm(grad_w[e], x.t(), grad, beta=int(e == last), out=grad_w[e])  # zeros for an expert without rows
+        last = e
+    for e, (start, end) in enumerate(itertools.pairwise([0, *ends_E.tolist()])):
         torch.sum(grad_NF[start:end], dim=0, out=grad_b[e])
-        start = end
     return grad_x, grad_w, grad_b
 
 

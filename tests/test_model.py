@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import model as model_module
 import timing
-from model import GPT, GPTConfig, MoE, grouped_linear, linear_cross_entropy, sort_by_expert
+from model import GPT, GPTConfig, MoE, grouped_linear, linear_cross_entropy, row_windows, sort_by_expert
 
 TINY = {"block_size": 32, "vocab_size": 61, "n_layer": 3, "n_head": 2, "n_embd": 16}
 VARIANTS = {
@@ -167,13 +167,21 @@ def test_capacity_is_the_published_formula():
     assert make(n_exp=2).moe_layers()[0][1].capacity(64) is None  # more than the tokens there are
 
 
+ROW_COUNTS = [  # of eight experts: none, fewer than a window, whole windows, what is left over, few or none before
+    [0, 5, 64, 193, 0, 63, 65, 1],
+    [130, 0, 1, 0, 70, 0, 0, 0],
+    [3, 2, 4, 70, 128, 1100, 500, 0],
+    [0, 0, 0, 0, 0, 0, 0, 9],
+]
+
+
+@pytest.mark.parametrize("counts", ROW_COUNTS)
+@pytest.mark.parametrize("D, H", [(16, 24), (24, 16)])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_grouped_linear_is_one_product_an_expert(dtype, tolerance):
-    """Row counts of all kinds: none, fewer than a window, whole windows, and what is left over."""
-    counts = [0, 5, 64, 193, 0, 63, 65, 1]
+def test_grouped_linear_is_one_product_an_expert(dtype, tolerance, D, H, counts):
     ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
-    shapes = ((sum(counts), 16), (8, 16, 24), (8, 24), (sum(counts), 24))
+    shapes = ((sum(counts), D), (8, D, H), (8, H), (sum(counts), H))
     x, w, b, g = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
     ours = [t.clone().requires_grad_() for t in (x, w, b)]
     exact = [t.double().requires_grad_() for t in (x, w, b)]
@@ -185,6 +193,18 @@ def test_grouped_linear_is_one_product_an_expert(dtype, tolerance):
     for a, b_ in ((y, y_), *((p.grad, q.grad) for p, q in zip(ours, exact, strict=True))):
         assert ((a.double() - b_).norm() / b_.norm()).item() < tolerance
         assert a.dtype == dtype
+
+
+def test_products_of_bfloat16_rows_have_few_shapes():
+    """oneDNN compiles a kernel for each: routing that changes with every batch must not bring new ones."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = set()
+    for _ in range(200):
+        load = torch.rand(8, generator=generator) ** 3
+        ends = torch.multinomial(load, 4096, replacement=True, generator=generator).bincount(minlength=8).cumsum(0)
+        sizes |= {end - low for _, low, _, end in row_windows(ends.tolist(), torch.bfloat16)}
+    sizes = {size for size in sizes if size > 64}  # fewer only where the very first rows are an expert's own
+    assert {size % 64 for size in sizes} == {0} and len(sizes) < 30
 
 
 # -- the whole model
