@@ -112,6 +112,8 @@ def main():
     check_args(args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.device == "cpu" and args.bench in ("step", "scale", "moe"):  # as train_single_gpu.py
+        cli.keep_freed_memory()
     measure = globals()["bench_" + args.bench]
     for dtype in choose_dtypes(args):
         report(args, dtype, *measure(args, dtype))

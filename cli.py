@@ -1,4 +1,4 @@
-"""What every script's command line shares: one parser made from a dataclass, one kind of error, the exit codes.
+"""What the scripts share as programs: one parser made from a dataclass, one kind of error, exit codes, memory kept.
 
 0    done
 2    the user must change something: one line on stderr, `error: what is wrong, and what mends it`
@@ -7,8 +7,10 @@
 """
 
 import contextlib
+import ctypes
 import io
 import os
+import platform
 import re
 import sys
 
@@ -54,3 +56,15 @@ def run(main):
     except BrokenPipeError:  # `script | head`: the reader has left, which is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def keep_freed_memory():
+    """Tell glibc to keep freed memory (up to 2 GB) for what is allocated next. No effect where there is no glibc.
+
+    A training step on the CPU frees its gradients and allocates them again. Without this their pages go back to the
+    kernel each time: 30,000 page faults a step, which a MoE pays more of (results/bench/README.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None), -1, -3  # mallopt(3)
+        libc.mallopt(m_mmap_threshold, 32 * 2**20)  # the most it takes: what is larger is mapped anew
+        libc.mallopt(m_trim_threshold, 2**31 - 1)

@@ -253,6 +253,8 @@ def set_up_machine(args):
         dist.init_process_group(backend, timeout=timedelta(seconds=args.dist_timeout))
     if device.type == "cuda":  # on the CPU it chooses oneDNN's products: a small step takes 1.6 times as long
         torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+    else:
+        cli.keep_freed_memory()
     bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
     return Machine(device, torch.bfloat16 if bf16 else torch.float32, rank, world_size, args.fsdp)
 

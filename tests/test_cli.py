@@ -1,9 +1,11 @@
 """cli.py: one line for what cannot be parsed, and the exit codes."""
 
 import io
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -51,3 +53,27 @@ def test_a_reader_that_leaves_is_no_error():
     writer.stdout.readline()
     writer.stdout.close()
     assert writer.stderr.read() == b"" and writer.wait() == 0
+
+
+PAGE_FAULTS = """
+import resource, sys
+import cli
+
+if sys.argv[1] == "keep":
+    cli.keep_freed_memory()
+for step in range(12):
+    if step == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    gradients = [bytearray(b"1") * 20_000_000 for _ in range(4)]  # 4,900 pages each
+    del gradients
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an allocator other than glibc's")
+def test_freed_memory_is_used_again():
+    command = [sys.executable, "-c", PAGE_FAULTS]
+    faults = {
+        word: int(subprocess.check_output([*command, word], cwd=Path(cli.__file__).parent)) for word in ("keep", "-")
+    }
+    assert faults["keep"] < 1000 and faults["-"] > 100_000, faults
