@@ -62,7 +62,7 @@ def keep_freed_memory():
     """Tell glibc to keep freed memory (up to 2 GB) for what is allocated next. No effect where there is no glibc.
 
     A training step on the CPU frees its gradients and allocates them again. Without this their pages go back to the
-    kernel each time: 30,000 page faults a step, which a MoE pays more of (results/bench/README.md).
+    kernel each time: 35,000 page faults a MoE step, 0 to 16,000 a dense one (results/bench/README.md).
     """
     if platform.libc_ver()[0] == "glibc":
         libc, m_trim_threshold, m_mmap_threshold = ctypes.CDLL(None), -1, -3  # mallopt(3)

@@ -2,8 +2,8 @@
 
     make demo            # or: python demo.py
 
-Two CPU cores need two to four minutes; with a GPU the same command uses it. The text is Python's own standard library,
-the tokenizer GPT-2's. Everything lands in results/demo/, the shards in data/stdlib/.
+Two CPU cores need one and a half to four minutes; with a GPU the same command uses it. The text is Python's own
+standard library, the tokenizer GPT-2's. Everything lands in results/demo/, the shards in data/stdlib/.
 """
 
 import shutil

@@ -418,8 +418,8 @@ def grouped_linear_loop_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     grad_x, grad_w = torch.empty_like(x_ND), torch.empty_like(weight_EDF)
     grad_b = weight_EDF.new_empty(weight_EDF.shape[0], weight_EDF.shape[2])
-    last = None
-    for e, low, start, end in row_windows(ends_E.tolist(), x_ND.dtype):
+    ends, last = ends_E.tolist(), None
+    for e, low, start, end in row_windows(ends, x_ND.dtype):
         x, grad = x_ND[low:end], grad_NF[low:end]
         torch.mm(grad, weight_EDF[e].t(), out=grad_x[low:end])
         # Rows of other experts are no part of the weight gradient; zeros on the narrower side are the smaller copy.
@@ -429,7 +429,7 @@ def grouped_linear_loop_backward(
             grad = zero_first_rows(grad, start - low)
         torch.addmm(grad_w[e], x.t(), grad, beta=int(e == last), out=grad_w[e])  # zeros for an expert without rows
         last = e
-    for e, (start, end) in enumerate(itertools.pairwise([0, *ends_E.tolist()])):
+    for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
         torch.sum(grad_NF[start:end], dim=0, out=grad_b[e])
     return grad_x, grad_w, grad_b
 
