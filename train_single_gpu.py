@@ -720,10 +720,14 @@ def run(args):
 
 def main():
     try:
-        return run(cli.parse(Args))
+        code = run(cli.parse(Args))
+        gloo = dist.is_initialized() and dist.get_backend() == "gloo"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if gloo:
+        cli.exit_now(code)
+    return code
 
 
 if __name__ == "__main__":

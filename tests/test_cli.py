@@ -55,6 +55,12 @@ def test_a_reader_that_leaves_is_no_error():
     assert writer.stderr.read() == b"" and writer.wait() == 0
 
 
+def test_exit_now_says_what_was_printed_and_leaves_python_as_it_is():
+    script = "import atexit, cli\natexit.register(print, 'shut down')\nprint('said')\ncli.exit_now(3)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=cli.__file__[:-6])
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said\n", "")
+
+
 PAGE_FAULTS = """
 import resource, sys
 import cli

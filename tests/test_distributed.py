@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import TINY_RUN
+from conftest import TINY_RUN, flags
 
 import checkpoint
 import runlog
@@ -84,9 +84,32 @@ def test_sharded_ranks_make_the_run_of_one_and_hold_their_part(alone, shards, tm
         np.testing.assert_allclose(streams["val"][1], alone[name]["val"][1], rtol=1e-5, err_msg=name)
 
 
+WATCHED = """
+import atexit, pathlib, runpy, sys
+script, marks = sys.argv[1:3]
+atexit.register(lambda: pathlib.Path(marks, "shut_down").touch())
+sys.argv[1:] = sys.argv[3:]
+sys.path.insert(0, str(pathlib.Path(script).parent))
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_ranks_end_without_shutting_python_down(shards, tmp_path):
+    """While it shuts down, a thread of gloo that frees its last tensor would abort a run that has gone well."""
+    (tmp_path / "watched.py").write_text(WATCHED)
+    settings = SETTINGS | {"max_steps": 2, "data_root": str(shards), "logs_dir": str(tmp_path / "logs"),
+                           "checkpoint_dir": str(tmp_path)}  # fmt: skip
+    command = [str(tmp_path / "watched.py"), str(TESTS.parent / "train_single_gpu.py"), str(tmp_path), *flags(settings)]
+    done = subprocess.run([*TORCHRUN, "--nproc_per_node=2", *command], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step      1 | loss" in done.stdout and not (tmp_path / "shut_down").exists()
+    (log,) = (tmp_path / "logs").glob("log_*.txt")
+    assert runlog.read(log)["val"][0][-1] == 2
+
+
 MEMORY = """
 import sys; sys.path.insert(0, sys.argv[1])
-import torch, torch.distributed as dist, sharding
+import torch, torch.distributed as dist, cli, sharding
 from model import GPT, GPTConfig
 dist.init_process_group("gloo")
 model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, n_exp=64, stride=1))
@@ -102,6 +125,7 @@ moments = [s for p in params for k, s in optimizer.state[p].items() if k != "ste
 if dist.get_rank() == 0:
     print(total, local(params), local(p.grad for p in params), local(moments))
 dist.destroy_process_group()
+cli.exit_now(0)
 """
 
 

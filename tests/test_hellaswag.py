@@ -299,13 +299,14 @@ def test_a_download_that_fails_leaves_nothing_and_says_what_helps(tmp_path, monk
 
 WORKER = """
 import json, sys, torch, torch.distributed as dist
-import hellaswag, test_hellaswag as t
+import cli, hellaswag, test_hellaswag as t
 torch.set_num_threads(1)
 rank, address, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
 share = {"batch_tokens": 300, "rank": rank, "world_size": 2}
 json.dump([t.what_all_ranks_know(*case, **share) for case in t.shared_cases()], open(out, "w"))
 dist.destroy_process_group()
+cli.exit_now(0)
 """
 
 
