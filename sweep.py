@@ -225,21 +225,33 @@ def run_here(jobs, slots):
     """Keep every slot busy until all jobs have run. On Ctrl-C the running ones are told, and waited for."""
     waiting, busy = [job for job in jobs if job.state == "waiting"], {}
     show = Display(jobs)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a cluster's notice is as good as a Ctrl-C
+    asked, heeded = [], 0  # not exceptions: one within Popen would leave a process that nobody knows of
+    handlers = {  # a cluster's notice is as good as a Ctrl-C; what a shell starts with & goes on ignoring Ctrl-C
+        number: signal.signal(number, lambda number, _: asked.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
-        while waiting or busy:
+        while busy or (waiting and not asked):
             for slot in range(len(slots)):
-                if slot not in busy and waiting:
+                if slot not in busy and waiting and not asked:
                     busy[slot] = start(waiting.pop(0), slots[slot], len(slots))
             time.sleep(0.2)
-            busy = {slot: job for slot, job in busy.items() if not ended(job)}
+            if (n := len(asked)) > heeded:
+                stop(busy.values(), kill=heeded > 0)
+                heeded = n
+            for slot, job in list(busy.items()):
+                if ended(job):
+                    del busy[slot]
+                    if asked and job.state == "failed":  # killed, or told while it was still importing
+                        job.state = "interrupted"
             show.update()
-    except KeyboardInterrupt:
-        stop(list(busy.values()))
-        raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         show.update(final=True)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def start(job, gpu, n_slots):
@@ -272,21 +284,15 @@ def ended(job):
     return code is not None
 
 
-def stop(jobs):
-    """Pass the interrupt on, once; each run saves a checkpoint and leaves. A second Ctrl-C does not wait for that."""
-    print(f"\nstopping: {len(jobs)} runs save a checkpoint; Ctrl-C again to kill them", file=sys.stderr)
-    for job in jobs:
-        job.process.terminate()  # not SIGINT, which what a shell starts with & ignores until it has its own handler
-    try:
-        for job in jobs:
-            job.process.wait()
-    except KeyboardInterrupt:
+def stop(jobs, kill):
+    """Pass the interrupt on: each run saves a checkpoint and leaves. A second Ctrl-C does not wait for that."""
+    if kill:
         for job in jobs:
             job.process.kill()
-    for job in jobs:
-        job.process.wait()
-        if ended(job) and job.state == "failed":  # killed, or told while it was still importing
-            job.state = "interrupted"
+    else:
+        print(f"\nstopping: {len(jobs)} runs save a checkpoint; Ctrl-C again to kill them", file=sys.stderr)
+        for job in jobs:  # not SIGINT, which what a shell starts with & ignores until it has its own handler
+            job.process.terminate()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

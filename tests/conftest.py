@@ -11,6 +11,9 @@ import warnings
 import numpy as np
 import pytest
 
+# What a shell starts with & ignores SIGINT, and hands that on; tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 TOKENS = {"val": 6_000, "train": 60_000}
 
 

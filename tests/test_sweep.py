@@ -202,6 +202,40 @@ def test_a_background_sweep_stops_while_its_runs_start(tmp_path, shards):
     assert process.returncode == 130 and "no_moe seed 1: interrupted" in out, err
 
 
+def test_a_signal_while_a_run_starts_reaches_it(call, shards, monkeypatch):
+    launch, processes = sweep.launch, []
+
+    def signalled(*args):
+        processes.append(launch(*args))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return processes[-1]
+
+    monkeypatch.setattr(sweep, "launch", signalled)
+    argv = ("--variants", "no_moe", "--seeds", "1", "2", "--jobs", "1", *train_flags(shards, "--max_steps", "1000000"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            call(*argv)
+        assert [process.returncode is not None for process in processes] == [True]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path, shards):
+    argv = ("--variants", "no_moe", "--seeds", "1", "--jobs", "1", *train_flags(shards, "--max_steps", "1000000"))
+    process = start(tmp_path, *argv)
+    wait_for(lambda: any(step > 5 for step in steps_logged(tmp_path)))
+    (run,) = psutil.Process(process.pid).children()
+    run.suspend()  # it can neither save nor leave
+    process.send_signal(signal.SIGINT)
+    while "stopping: 1 runs" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "no_moe seed 1: interrupted" in out, err
+    assert not run.is_running()
+
+
 def test_a_diverged_run_is_recorded_and_passed_over(call, shards):
     argv = ("--variants", "no_moe", "--seeds", "1", *train_flags(shards, "--max_steps", "20", "--max_lr", "1e30"))
     for started in (True, False):
