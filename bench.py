@@ -281,25 +281,23 @@ def step_row(args, samples, trainers, rate, first_seconds, peak, name, tokens):
     return row
 
 
-def time_one_hot(args, dtype):
-    """Rows, samples and targets of one-hot dispatch, in turn with top2_capacity, which is the same function.
+def add_one_hot(args, dtype, rows, samples, targets):
+    """The three, and those of one-hot dispatch, in turn with top2_capacity, which is the same function.
 
     Apart from the rest: it takes gigabytes, which go back to the kernel, and what follows it in a round pays for that
     (seconds in the kernel: 273 in 15 rounds of all variants, 6 in 21 rounds without one_hot).
     """
     sizes = [tokens for tokens in args.tokens if tokens <= args.one_hot_max_tokens]
     if not sizes:
-        return [], {}, []
+        return rows, samples, targets
     cells = [(name, tokens) for tokens in sizes for name in ("top2_capacity", "one_hot")]
-    rows, samples = time_steps(args, dtype, cells)
-    targets = []
-    for capped, one_hot in zip(rows[::2], rows[1::2], strict=True):
-        tokens = one_hot["tokens"]
+    pairs, apart = time_steps(args, dtype, cells)
+    for tokens, capped, one_hot in zip(sizes, pairs[::2], pairs[1::2], strict=True):
         if tokens >= 8192:  # below, one-hot dispatch is not yet what costs
-            gain = median_ratio(samples, f"one_hot@{tokens}", f"top2_capacity@{tokens}")
+            gain = median_ratio(apart, f"one_hot@{tokens}", f"top2_capacity@{tokens}")
             targets.append(Target(f"speed over one_hot at {tokens}", gain, ">=", 6 if args.device == "cuda" else 3.4))
             targets.append(Target(f"memory over one_hot at {tokens}", capped["MB"] / one_hot["MB"], "<=", 1 / 3))
-    return rows[1::2], {f"{key}, apart": seconds for key, seconds in samples.items()}, targets
+    return rows + pairs[1::2], samples | {f"{key}, apart": seconds for key, seconds in apart.items()}, targets
 
 
 def bench_step(args, dtype):
@@ -320,8 +318,7 @@ def bench_step(args, dtype):
         elif top2:
             limit = 1.12 if dtype == "float32" else 1.2
             targets.append(Target(f"top2 over dense, beyond FLOPs, at {tokens}", top2["excess"], "<=", limit))
-    apart = time_one_hot(args, dtype) if "one_hot" in variants else ([], {}, [])
-    return rows + apart[0], samples | apart[1], targets + apart[2]
+    return add_one_hot(args, dtype, rows, samples, targets) if "one_hot" in variants else (rows, samples, targets)
 
 
 def bench_scale(args, dtype):
@@ -334,8 +331,7 @@ def bench_scale(args, dtype):
         sizes = sorted(memory)
         slopes = [(memory[b] - memory[a]) / (b - a) for a, b in itertools.pairwise(sizes)]
         targets.append(Target("memory a token, largest step over smallest", max(slopes) / min(slopes), "<=", 1.1))
-    apart = time_one_hot(args, dtype)
-    return rows + apart[0], samples | apart[1], targets + apart[2]
+    return add_one_hot(args, dtype, rows, samples, targets)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
