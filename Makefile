@@ -17,7 +17,7 @@ figures: .venv/dev
 	MPLBACKEND=Agg $(RUN) -c "import nbformat, nbclient; nbclient.NotebookClient(nbformat.read('plot_results.ipynb', as_version=4)).execute()"
 
 bench: .venv/run
-	for part in step scale moe tokenize loader hellaswag sample; do $(RUN) bench.py $$part || exit; done
+	for part in step scale moe tokenize loader hellaswag sample; do $(RUN) -m bench $$part || exit; done
 
 .venv/run: requirements.txt
 	test -x $(RUN) || $(PYTHON) -m venv .venv

@@ -27,9 +27,8 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-import cli
-from atomic import TEMP_SUFFIX, atomic_write
-from cli import UserError
+import common
+from common import TEMP_SUFFIX, UserError, atomic_write
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 
@@ -470,16 +469,6 @@ def hf_weights(model):
 # What the scripts that use a model share
 
 
-def choose_device(name):
-    """torch.device of that name; "auto" is the first there is of cuda, mps, cpu."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not to be had on this machine: try --device auto") from None
-
-
 def open_model(checkpoint, init_from, device):
     """(GPT in eval mode, tokenizer) from the flag, --checkpoint or --init_from, that is not empty."""
     if bool(checkpoint) == bool(init_from):
@@ -509,7 +498,7 @@ class Args:
 
 
 def main():
-    args = cli.parse(Args)
+    args = common.parse(Args)
     model, state = load_model(args.checkpoint)
     files = gpt2_tokenizer_files() if state.get("tokenizer") == "gpt2" else {}
     export_hf(model, args.export_hf, files)
@@ -526,4 +515,4 @@ def gpt2_tokenizer_files():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import matplotlib
 
-import cli
+import common
 import runlog
 
 matplotlib.use("Agg")  # a file, no window
@@ -86,7 +86,7 @@ def plot(runs, path):
 
 
 def main():
-    args = cli.parse(Args)
+    args = common.parse(Args)
     began = time.perf_counter()
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
@@ -103,4 +103,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -44,9 +44,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import cli
-from atomic import atomic_write, lock
-from cli import UserError
+import common
+from common import UserError, atomic_write, lock
 from textfiles import checked_text, find_files, missing_column, read_documents, stdlib_files
 from tokenizer import SPACE, get_tokenizer
 
@@ -74,7 +73,7 @@ class Args:
 
 
 def main():
-    args = check_args(cli.parse(Args))
+    args = check_args(common.parse(Args))
     out = Path(args.out)
     check_writable(out)
     source, batches = open_source(args)
@@ -566,4 +565,4 @@ def save_meta(out, meta):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

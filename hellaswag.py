@@ -38,10 +38,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import checkpoint
-import cli
-from atomic import atomic_write
-from cli import UserError
-from model import compute_dtype, linear_cross_entropy
+import common
+from common import UserError, atomic_write
+from kernels import compute_dtype, linear_cross_entropy
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = Path("data/hellaswag/hellaswag_val.jsonl")
@@ -376,9 +375,9 @@ def report(result):
 
 
 def main():
-    args = cli.parse(Args)
+    args = common.parse(Args)
     check_args(args)
-    device = checkpoint.choose_device(args.device)
+    device = common.choose_device(args.device)
     model, tokenizer = checkpoint.open_model(args.checkpoint, args.init_from, device)
     examples = tokenize(load_examples(args.data or None, args.limit), tokenizer)
     result = evaluate(model, examples, device, args.batch_tokens, progress=True)
@@ -392,4 +391,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

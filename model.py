@@ -18,7 +18,6 @@ A suffix names the shape: x_TD is (T, D). Pairs are numbered choice-major, n = k
 second choices, which is the order in which capacity is given out.
 """
 
-import itertools
 import math
 import warnings
 from dataclasses import dataclass
@@ -28,6 +27,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+
+from kernels import Combine, Dispatch, at_least_float32, compute_dtype, grouped_linear, linear_cross_entropy
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration and output
@@ -93,69 +94,6 @@ class Output(NamedTuple):
     aux_loss: torch.Tensor  # scalar, unweighted, summed over MoE layers; 0 where unused
     z_loss: torch.Tensor  # likewise
     logits: torch.Tensor | None  # (B, S, V) when there are no targets, else None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cross-entropy without the logits
-
-
-# In float32 32 MB, just below what glibc maps anew for every chunk, and 512 MB.
-LOGITS_PER_CHUNK = {"cpu": 2**23 - 2**10, "cuda": 2**27}
-
-
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))  # float64, in the tests, stays as it is
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of `h @ weight.T`, a chunk of rows at a time, gradients included.
-
-    The gradient of a chunk's logits is known as soon as its softmax is, so both products of the backward pass are done
-    at once and the chunk is thrown away: (N, V) never exists, nothing is computed twice. The float32 weight comes in
-    and is cast here, so that its gradient is summed over chunks in float32.
-    """
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, n_chunks):
-        w = weight.to(h.dtype)
-        count = (targets >= 0).sum()
-        total = at_least_float32(h.new_zeros(()))
-        grad_h, grad_w = [], torch.zeros_like(weight)
-        for h_c, targets_c in zip(h.tensor_split(n_chunks), targets.tensor_split(n_chunks), strict=True):
-            logp = torch.log_softmax(at_least_float32(h_c @ w.t()), dim=-1)
-            index, valid = targets_c.clamp(min=0)[:, None], (targets_c >= 0).to(logp.dtype)[:, None]
-            total = total - (logp.gather(1, index) * valid).sum()
-            valid = valid / count
-            grad = logp.exp_().mul_(valid).scatter_add_(1, index, -valid).to(h.dtype)
-            grad_h.append(grad @ w)
-            if grad.dtype == grad_w.dtype:
-                grad_w.addmm_(grad.t(), h_c)
-            else:
-                grad_w += grad.t() @ h_c
-            del logp, grad  # else this chunk is held while the next one is computed
-        ctx.save_for_backward(torch.cat(grad_h), grad_w)
-        return total / count
-
-    @staticmethod
-    def backward(ctx, grad_loss):
-        grad_h, grad_w = ctx.saved_tensors
-        return (grad_h * grad_loss).to(grad_h.dtype), grad_w * grad_loss, None, None
-
-
-def linear_cross_entropy(h, weight, targets, reduction="mean"):
-    """Cross-entropy of the logits `h @ weight.T` against targets, -1 ignored.
-
-    h (N, D) in the compute type, weight (V, D), targets (N,) int64. Returns a float32 scalar, or (N,) for "none".
-    """
-    rows = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])  # of a chunk, at most
-    n_chunks = max(1, math.ceil(h.shape[0] / rows))
-    if reduction == "mean" and torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(h, weight, targets, n_chunks)
-    w = weight.to(h.dtype)
-    pairs = zip(h.tensor_split(n_chunks), targets.tensor_split(n_chunks), strict=True)
-    losses = [F.cross_entropy(at_least_float32(h_c @ w.t()), t, ignore_index=-1, reduction="none") for h_c, t in pairs]
-    losses = torch.cat(losses)
-    return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,163 +243,6 @@ def sort_by_expert(expert_TK, n_exp):
     return Plan(row_N, pair_N, place_N, count_E.long(), ends_E)
 
 
-class Dispatch(torch.autograd.Function):
-    """x_TD -> the rows of x that the sorted pairs name, (N, D). Backward gathers too: no scatter with atomics."""
-
-    @staticmethod
-    def forward(ctx, x_TD, row_N, pair_N):
-        ctx.save_for_backward(row_N)
-        ctx.n_tokens = x_TD.shape[0]
-        return x_TD.index_select(0, pair_N % x_TD.shape[0])
-
-    @staticmethod
-    def backward(ctx, grad_ND):
-        (row_N,) = ctx.saved_tensors
-        return sum(grad_ND.index_select(0, row_T) for row_T in row_N.split(ctx.n_tokens)), None, None
-
-
-class Combine(torch.autograd.Function):
-    """Expert outputs in sorted rows (N, D) and gates (T, K) -> (T, D), each token's rows summed by gate."""
-
-    @staticmethod
-    def forward(ctx, y_ND, gate_TK, row_N, pair_N):
-        ctx.save_for_backward(y_ND, gate_TK, row_N, pair_N)
-        gate_TK = gate_TK.to(y_ND.dtype)
-        rows = row_N.split(gate_TK.shape[0])
-        return sum(y_ND.index_select(0, row_T) * gate_TK[:, k, None] for k, row_T in enumerate(rows))
-
-    @staticmethod
-    def backward(ctx, grad_TD):
-        y_ND, gate_TK, row_N, pair_N = ctx.saved_tensors
-        gate_N = gate_TK.t().reshape(-1)[pair_N].to(y_ND.dtype)  # in sorted order
-        grad_ND = grad_TD.index_select(0, pair_N % gate_TK.shape[0])
-        grad_gate_N = (y_ND * grad_ND).sum(-1, dtype=gate_TK.dtype)
-        grad_gate_TK = grad_gate_N[row_N].view(gate_TK.shape[1], -1).t()
-        grad_y_ND = grad_ND * gate_N[:, None]
-        return grad_y_ND, grad_gate_TK, None, None
-
-
-class AddExpertBias(torch.autograd.Function):
-    """y_NF + bias_EF[expert of the row]. The bias gradient is a product with a one-hot matrix: a gather's own backward
-    would be atomics of N rows onto E."""
-
-    @staticmethod
-    def forward(ctx, y_NF, bias_EF, ends_E):
-        expert_N = torch.searchsorted(ends_E, torch.arange(y_NF.shape[0], device=y_NF.device), right=True)
-        ctx.save_for_backward(expert_N)
-        ctx.n_exp, ctx.bias_dtype = bias_EF.shape[0], bias_EF.dtype
-        return y_NF + bias_EF[expert_N].to(y_NF.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_NF):
-        (expert_N,) = ctx.saved_tensors
-        one_hot_EN = expert_N == torch.arange(ctx.n_exp, device=expert_N.device)[:, None]
-        return grad_NF, (one_hot_EN.to(grad_NF.dtype) @ grad_NF).to(ctx.bias_dtype), None
-
-
-def window_step(n_rows, dtype):
-    """Row counts of products are rounded up to a multiple of this, which leaves at most 8 sizes an octave.
-
-    oneDNN compiles a kernel for each new shape of a bfloat16 product, 5 ms for a product of 0.5, and an expert's row
-    count hardly ever repeats. MKL's float32 products need no care.
-    """
-    return max(64, 2 ** n_rows.bit_length() // 16) if dtype == torch.bfloat16 else 1
-
-
-def row_windows(ends, dtype):
-    """(expert, low, start, end) of products that cover all rows: rows low:end are multiplied for the sake of start:end.
-
-    Experts come last to first, so that rows low:start, of experts before this one, are computed again after it. Where
-    too few rows stand before, an expert has two windows. One without rows has an empty one.
-    """
-    for e, (start, end) in reversed(list(enumerate(itertools.pairwise([0, *ends])))):
-        step = window_step(end - start, dtype)
-        rounded = math.ceil((end - start) / step) * step
-        if rounded > end:
-            full = end - (end - start) % step
-            if start < full:
-                yield e, start, start, full
-            start, rounded = full, step
-        yield e, max(0, end - rounded), start, end
-
-
-@torch.library.custom_op("moe::grouped_linear", mutates_args=())
-def grouped_linear_loop(x_ND: torch.Tensor, weight_EDF: torch.Tensor, bias_EF: torch.Tensor | None,
-                        ends_E: torch.Tensor) -> torch.Tensor:  # fmt: skip
-    """Rows ends[e-1]:ends[e] of x times weight[e], plus bias[e]: one product an expert, the bias inside it.
-
-    For CPU, where a launch costs nothing, and for float32 on CUDA, which F.grouped_mm does not take (there the
-    row counts come to the host: right, not fast). A custom operator: torch.compile sees one node of fixed shape.
-    """
-    y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
-    for e, low, _, end in row_windows(ends_E.tolist(), x_ND.dtype):
-        if bias_EF is None:
-            torch.mm(x_ND[low:end], weight_EDF[e], out=y_NF[low:end])
-        else:
-            torch.addmm(bias_EF[e], x_ND[low:end], weight_EDF[e], out=y_NF[low:end])
-    return y_NF
-
-
-@grouped_linear_loop.register_fake
-def _(x_ND, weight_EDF, bias_EF, ends_E):
-    return x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
-
-
-def zero_first_rows(x, n):
-    """x with its first n rows zero: a copy where there are any."""
-    return torch.cat([torch.zeros_like(x[:n]), x[n:]]) if n else x
-
-
-@torch.library.custom_op("moe::grouped_linear_backward", mutates_args=())
-def grouped_linear_loop_backward(
-    grad_NF: torch.Tensor, x_ND: torch.Tensor, weight_EDF: torch.Tensor, ends_E: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    grad_x, grad_w = torch.empty_like(x_ND), torch.empty_like(weight_EDF)
-    grad_b = weight_EDF.new_empty(weight_EDF.shape[0], weight_EDF.shape[2])
-    ends, last = ends_E.tolist(), None
-    for e, low, start, end in row_windows(ends, x_ND.dtype):
-        x, grad = x_ND[low:end], grad_NF[low:end]
-        torch.mm(grad, weight_EDF[e].t(), out=grad_x[low:end])
-        # Rows of other experts are no part of the weight gradient; zeros on the narrower side are the smaller copy.
-        if x.shape[1] < grad.shape[1]:
-            x = zero_first_rows(x, start - low)
-        else:
-            grad = zero_first_rows(grad, start - low)
-        torch.addmm(grad_w[e], x.t(), grad, beta=int(e == last), out=grad_w[e])  # zeros for an expert without rows
-        last = e
-    for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-        torch.sum(grad_NF[start:end], dim=0, out=grad_b[e])
-    return grad_x, grad_w, grad_b
-
-
-@grouped_linear_loop_backward.register_fake
-def _(grad_NF, x_ND, weight_EDF, ends_E):
-    grad_b = weight_EDF.new_empty(weight_EDF.shape[0], weight_EDF.shape[2])
-    return torch.empty_like(x_ND), torch.empty_like(weight_EDF), grad_b
-
-
-def _save_for_backward(ctx, inputs, output):
-    x_ND, weight_EDF, bias_EF, ends_E = inputs
-    ctx.has_bias = bias_EF is not None
-    ctx.save_for_backward(x_ND, weight_EDF, ends_E)
-
-
-def _grouped_linear_grads(ctx, grad_NF):
-    grad_x, grad_w, grad_b = grouped_linear_loop_backward(grad_NF.contiguous(), *ctx.saved_tensors)
-    return grad_x, grad_w, grad_b if ctx.has_bias else None, None
-
-
-grouped_linear_loop.register_autograd(_grouped_linear_grads, setup_context=_save_for_backward)
-
-
-def grouped_linear(x_ND, weight_EDF, bias_EF, ends_E):
-    """The linear layer of each expert on its own rows; (N, F). Rows are sorted by expert, ends_E as in Plan."""
-    if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
-        y_NF = F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
-        return y_NF if bias_EF is None else AddExpertBias.apply(y_NF, bias_EF, ends_E)
-    return grouped_linear_loop(x_ND, weight_EDF, bias_EF, ends_E)
-
-
 class Experts(nn.Module):
     """E two-layer MLPs as stacked tensors, (E, D, F) and (E, F, D)."""
 
@@ -478,12 +259,6 @@ class Experts(nn.Module):
         fc_bias, proj_bias = (b if b is None else b.squeeze(1).to(bias_dtype) for b in (self.fc_bias, self.proj_bias))
         h_NF = F.gelu(grouped_linear(x_ND, self.c_fc.to(dtype), fc_bias, ends_E), approximate="tanh")
         return grouped_linear(h_NF, self.c_proj.to(dtype), proj_bias, ends_E)
-
-
-def compute_dtype(x):
-    """The type in which matrix products of x run here: autocast's where it is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class MoE(nn.Module):

@@ -27,9 +27,8 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-import cli
-from atomic import atomic_write
-from cli import UserError
+import common
+from common import UserError, atomic_write
 
 FORMATS = {"train": ".6f", "val": ".6f", "hella": ".4f"}  # as published; val has two digits more
 OTHER_FORMAT = ".7g"  # a float32 to its last useful digit
@@ -452,7 +451,7 @@ class Args:
 
 
 def main():
-    args = cli.parse(Args)
+    args = common.parse(Args)
     if args.published:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         return published_curves(args.published, args.out)
@@ -469,4 +468,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

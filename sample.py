@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 import checkpoint
-import cli
-from cli import UserError
+import common
+from common import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
@@ -183,10 +183,10 @@ def check_args(args):
 
 
 def main():
-    args = cli.parse(Args)
+    args = common.parse(Args)
     check_args(args)
     prompt = read_prompt(args)
-    device = checkpoint.choose_device(args.device)
+    device = common.choose_device(args.device)
     model, tokenizer = checkpoint.open_model(args.checkpoint, args.init_from, device)
     ids, window = tokenizer.encode_ordinary(prompt) or [tokenizer.eot], model.config.block_size
     if len(ids) > window:
@@ -201,4 +201,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -28,10 +28,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-import cli
+import common
 import runlog
 import train_single_gpu
-from cli import UserError
+from common import UserError
 from model import GPT
 
 TRAINER = Path(__file__).resolve().parent / "train_single_gpu.py"
@@ -180,7 +180,7 @@ def make_job(args, name, seed, flags):
     settings = {**VARIANTS[name].settings, "seed": seed, "run_id": args.run_id, "resume": "auto"}
     argv = [*flags, *as_flags(settings)]
     try:
-        train_args = cli.parse(train_single_gpu.Args, argv)
+        train_args = common.parse(train_single_gpu.Args, argv)
         train_single_gpu.check_args(train_args, world_size=1)
     except UserError as error:
         raise UserError(f"train flags: {str(error).replace(Path(sys.argv[0]).name, TRAINER.name)}") from None
@@ -496,7 +496,7 @@ def slots_of(args):
 def main():
     argv = sys.argv[1:]
     cut = argv.index("--") if "--" in argv else len(argv)
-    args = cli.parse(Args, argv[:cut])
+    args = common.parse(Args, argv[:cut])
     jobs = make_jobs(args, argv[cut + 1 :])
     slots = slots_of(args)
     if args.dry_run:
@@ -512,4 +512,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

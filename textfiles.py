@@ -21,7 +21,7 @@ from pathlib import Path
 
 import zstandard
 
-from cli import UserError
+from common import UserError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 

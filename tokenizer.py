@@ -29,7 +29,7 @@ import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from cli import UserError
+from common import UserError
 
 EOT_TEXT = "<|endoftext|>"
 UNKNOWN = "\ufffd".encode()  # shown for ids a model may emit but no text has, such as the padding of 50257 to 50304

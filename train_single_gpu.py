@@ -24,7 +24,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from datetime import date, timedelta
+from datetime import date
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -34,15 +34,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-import cli
+import common
 import hellaswag
 import runlog
 import sample
-from atomic import atomic_write, lock
-from cli import UserError
+from common import UserError, atomic_write, lock
 from dataloader import DataLoader
+from logger import Console, Log, describe_run, print_header
 from model import GPT, GPTConfig
-from report import Console, Log, describe_run, print_header
 from tokenizer import get_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,45 +217,6 @@ def variant_name(args):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
-
-
-class Machine(NamedTuple):
-    device: torch.device
-    dtype: torch.dtype  # of autocast; float32: no autocast
-    rank: int
-    world_size: int
-    fsdp: bool
-
-    @property
-    def is_main(self):
-        return self.rank == 0
-
-    @property
-    def eval_share(self):
-        """(rank, world size) for sharing out evaluation. Under FSDP all do all: each forward needs every rank."""
-        return (0, 1) if self.fsdp else (self.rank, self.world_size)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-
-def set_up_machine(args):
-    """The device, autocast type, rank and world size; torchrun's environment variables start the process group."""
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    check_args(args, world_size)
-    device = checkpoint.choose_device(args.device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=args.dist_timeout))
-    if device.type == "cuda":  # on the CPU it chooses oneDNN's products: a small step takes 1.6 times as long
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
-    else:
-        cli.keep_freed_memory()
-    bf16 = args.dtype == "bfloat16" or (args.dtype == "auto" and device.type == "cuda")
-    return Machine(device, torch.bfloat16 if bf16 else torch.float32, rank, world_size, args.fsdp)
 
 
 def gather_sum(value, machine):
@@ -709,7 +669,8 @@ def evaluate_only(args, machine):
 
 def run(args):
     """What the command line does with these settings; returns the exit code."""
-    machine = set_up_machine(args)
+    check_args(args, common.world()[1])
+    machine = common.set_up_machine(args.device, args.dtype, args.fsdp, args.dist_timeout)
     if args.eval_only:
         return evaluate_only(args, machine)
     log_path, folder = choose_names(args)
@@ -720,15 +681,15 @@ def run(args):
 
 def main():
     try:
-        code = run(cli.parse(Args))
+        code = run(common.parse(Args))
         gloo = dist.is_initialized() and dist.get_backend() == "gloo"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
     if gloo:
-        cli.exit_now(code)
+        common.exit_now(code)
     return code
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch.distributed as dist
 
-import cli
+import common
 import train_single_gpu as trainer
 
 warnings.simplefilter("ignore", UserWarning)
@@ -17,4 +17,4 @@ for settings in json.loads(sys.argv[1]):
     code = trainer.run(trainer.Args(**settings))
     assert code == 0, code
 dist.destroy_process_group()
-cli.exit_now(0)
+common.exit_now(0)

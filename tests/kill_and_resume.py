@@ -19,7 +19,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import conftest  # noqa: E402
 
 import checkpoint  # noqa: E402
-import cli  # noqa: E402
+import common  # noqa: E402
 
 TRAINER = Path(__file__).parent.parent / "train_single_gpu.py"
 
@@ -31,7 +31,7 @@ class Args:
 
 
 def main():
-    args = cli.parse(Args)
+    args = common.parse(Args)
     with tempfile.TemporaryDirectory() as folder:
         print(json.dumps(torture(Path(folder), args.kills, random.Random(args.seed)), indent=1))
 
@@ -76,4 +76,4 @@ def wait_for_step(process):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import bench
-import timing
-import usual
+from bench import __main__ as bench
+from bench import baselines, timing
 from model import GPT, GPTConfig
 
 BENCHES = ("step", "scale", "moe", "tokenize", "loader", "hellaswag", "sample")
@@ -38,7 +37,7 @@ def test_one_hot_reference_is_the_moe_layer(capacity, bias):
         for parameter in ours.experts.parameters():
             parameter.normal_(std=0.1)  # biases too, which start as zeros
     reference = copy.deepcopy(ours)
-    reference.forward = types.MethodType(usual.one_hot_moe, reference)
+    reference.forward = types.MethodType(baselines.one_hot_moe, reference)
     x = torch.randn(2, 32, 32) + torch.randn(32)  # what tokens have in common makes the load uneven
     outputs, gradients = [], []
     for moe in (ours, reference):

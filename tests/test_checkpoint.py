@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import checkpoint
-from cli import UserError
+from common import UserError
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -420,7 +420,7 @@ def test_folders_that_are_none_are_named(tmp_path):
 
 
 def test_without_a_network_the_way_out_is_said(tmp_path):
-    code = "import cli, checkpoint; cli.run(lambda: checkpoint.from_pretrained('gpt2'))"
+    code = "import common, checkpoint; common.run(lambda: checkpoint.from_pretrained('gpt2'))"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
         env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},

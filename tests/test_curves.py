@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.baselines import one_hot_moe
 from model import GPT, GPTConfig, MoE
-from usual import one_hot_moe
 
 SHAPE = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 32, "n_exp": 4}
 STEPS, SEEDS = 200, (1, 2, 3)

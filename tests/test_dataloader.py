@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from cli import UserError
+from common import UserError
 from dataloader import DataLoader
 
 ROOT = Path(__file__).resolve().parents[1]

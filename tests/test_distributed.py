@@ -109,7 +109,7 @@ def test_ranks_end_without_shutting_python_down(shards, tmp_path):
 
 MEMORY = """
 import sys; sys.path.insert(0, sys.argv[1])
-import torch, torch.distributed as dist, cli, sharding
+import torch, torch.distributed as dist, common, sharding
 from model import GPT, GPTConfig
 dist.init_process_group("gloo")
 model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, n_exp=64, stride=1))
@@ -125,7 +125,7 @@ moments = [s for p in params for k, s in optimizer.state[p].items() if k != "ste
 if dist.get_rank() == 0:
     print(total, local(params), local(p.grad for p in params), local(moments))
 dist.destroy_process_group()
-cli.exit_now(0)
+common.exit_now(0)
 """
 
 

@@ -21,8 +21,7 @@ import zstandard
 
 import fineweb
 import textfiles
-from atomic import lock
-from cli import UserError
+from common import UserError, lock
 from tokenizer import get_tokenizer
 
 SCRIPT = Path(fineweb.__file__)

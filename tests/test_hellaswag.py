@@ -16,7 +16,7 @@ import torch
 
 import checkpoint
 import hellaswag
-from cli import UserError
+from common import UserError
 from hellaswag import Example
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
@@ -299,14 +299,14 @@ def test_a_download_that_fails_leaves_nothing_and_says_what_helps(tmp_path, monk
 
 WORKER = """
 import json, sys, torch, torch.distributed as dist
-import cli, hellaswag, test_hellaswag as t
+import common, hellaswag, test_hellaswag as t
 torch.set_num_threads(1)
 rank, address, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
 share = {"batch_tokens": 300, "rank": rank, "world_size": 2}
 json.dump([t.what_all_ranks_know(*case, **share) for case in t.shared_cases()], open(out, "w"))
 dist.destroy_process_group()
-cli.exit_now(0)
+common.exit_now(0)
 """
 
 
@@ -389,7 +389,7 @@ def test_what_the_user_must_change_is_one_line_and_exit_code_2(folder, args, mes
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["hellaswag.py", *args])
     with pytest.raises(SystemExit) as stop:
-        hellaswag.cli.run(hellaswag.main)
+        hellaswag.common.run(hellaswag.main)
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error

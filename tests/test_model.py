@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import model as model_module
-import timing
-from model import GPT, GPTConfig, MoE, grouped_linear, linear_cross_entropy, row_windows, sort_by_expert
+from bench import timing
+from kernels import grouped_linear, linear_cross_entropy, row_windows
+from model import GPT, GPTConfig, MoE, sort_by_expert
 
 TINY = {"block_size": 32, "vocab_size": 61, "n_layer": 3, "n_head": 2, "n_embd": 16}
 VARIANTS = {

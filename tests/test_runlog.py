@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import runlog
-from cli import UserError
+from common import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHIVE = ROOT / "../shared/data/seed_logs/seed_logs.tar.xz"

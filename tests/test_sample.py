@@ -14,7 +14,7 @@ import torch
 
 import checkpoint
 import sample
-from cli import UserError
+from common import UserError
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 

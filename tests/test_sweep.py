@@ -15,11 +15,11 @@ import numpy as np
 import psutil
 import pytest
 
-import cli
+import common
 import runlog
 import sweep
 import train_single_gpu
-from atomic import lock
+from common import lock
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--n_layer 2 --n_head 2 --n_embd 16 --n_exp 4 --vocab_size 257 --B 2 --T 16 --total_batch_size 32"
@@ -58,7 +58,7 @@ def call(tmp_path, monkeypatch, capsys):
         error = None
         try:
             sweep.main()
-        except cli.UserError as raised:
+        except common.UserError as raised:
             error = str(raised)
         return capsys.readouterr().out, error
 
@@ -93,7 +93,7 @@ def test_a_runs_variant_is_found_by_its_settings(name):
     flags = sweep.as_flags(sweep.VARIANTS[name].settings)
     if name != "no_moe":
         flags += ["--n_exp", "4", "--n_embd", "64"]  # neither makes another variant
-    args = json.loads(json.dumps(asdict(cli.parse(train_single_gpu.Args, flags))))
+    args = json.loads(json.dumps(asdict(common.parse(train_single_gpu.Args, flags))))
     run = runlog.Run("any name", "a", 1, {}, {"args": args}, Path("log"))
     assert sweep.variant_of(run).name == name
     args["aux_loss_weight"], args["top_k"] = 0.5, 3

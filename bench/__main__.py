@@ -1,10 +1,10 @@
 """Speed and memory. Every claim is a ratio of things timed in turn, round after round, in one run.
 
-    python bench.py step                    # training steps: dense and MoE variants, against what their FLOPs say
-    python bench.py scale                   # time a token and memory as the micro-batch grows, and one-hot dispatch
-    python bench.py moe                     # the MoE layer by parts, and other ways to do each part
-    python bench.py tokenize | loader | hellaswag | sample      # against the usual way to do the same
-    python bench.py step --device cuda --compile --imbalanced   # one expert gets half of all tokens
+    python -m bench step                    # training steps: dense and MoE variants, against what their FLOPs say
+    python -m bench scale                   # time a token and memory as the micro-batch grows, and one-hot dispatch
+    python -m bench moe                     # the MoE layer by parts, and other ways to do each part
+    python -m bench tokenize | loader | hellaswag | sample      # against the usual way to do the same
+    python -m bench step --device cuda --compile --imbalanced   # one expert gets half of all tokens
 
 Prints a table and writes results/bench/{name}_{device}_{dtype}.json with every sample. What the numbers led to, and
 what was tried and dropped: results/bench/README.md.
@@ -33,17 +33,18 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-import cli
+import common
 import fineweb
 import hellaswag
+import kernels
 import model as gpt
 import sample
-from cli import UserError
+from bench.baselines import encode_document, from_prefix, one_by_one, one_hot_moe
+from bench.timing import Target, median_ratio, median_seconds, peak_bytes, report, take_turns
+from common import UserError
 from dataloader import DataLoader
 from model import GPT, GPTConfig
-from timing import Target, median_ratio, median_seconds, peak_bytes, report, take_turns
 from tokenizer import get_tokenizer
-from usual import encode_document, from_prefix, one_by_one, one_hot_moe
 
 VARIANTS = {  # settings of GPTConfig; n_exp 8 and no capacity where nothing else is said
     "dense": {"n_exp": 1},
@@ -101,7 +102,7 @@ class Args:
 
 
 def main():
-    args = cli.parse(Args)
+    args = common.parse(Args)
     args.device = choose_device(args.device)
     whole_run = args.bench in WHOLE_RUNS
     defaults = GPT2_SHAPE if args.device == "cuda" or whole_run else CPU_SHAPE
@@ -113,7 +114,7 @@ def main():
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu" and args.bench in ("step", "scale", "moe"):  # as train_single_gpu.py
-        cli.keep_freed_memory()
+        common.keep_freed_memory()
     measure = globals()["bench_" + args.bench]
     for dtype in choose_dtypes(args):
         report(args, dtype, *measure(args, dtype))
@@ -409,16 +410,16 @@ def moe_ways(moe, dtype):
         Way("router", "ours", lambda c: moe.router(c.x_TD).gate_TK, lambda c: [c.x_TD, moe.router.w_g.weight]),
         Way("sort", "counting", lambda c: gpt.sort_by_expert(c.expert_TK, E), None),
         Way("sort", "comparison", lambda c: sort_by_comparison(c, E), None),
-        Way("gather", "back by gather", lambda c: gpt.Dispatch.apply(c.x_TD, *c.plan[:2]), lambda c: [c.x_TD]),
+        Way("gather", "back by gather", lambda c: kernels.Dispatch.apply(c.x_TD, *c.plan[:2]), lambda c: [c.x_TD]),
         Way("gather", "back by scatter", lambda c: c.x_TD[c.plan.pair_N % len(c.x_TD)], lambda c: [c.x_TD]),
-        Way("product", "ours", lambda c: gpt.grouped_linear(c.x_ND, weight, bias, c.plan.ends_E),
+        Way("product", "ours", lambda c: kernels.grouped_linear(c.x_ND, weight, bias, c.plan.ends_E),
             lambda c: [c.x_ND, weight]),
         Way("product", "one dense", lambda c: F.linear(c.x_ND, flat, bias[0]), lambda c: [c.x_ND, flat]),
         Way("product", "grouped_mm", lambda c: F.grouped_mm(c.x_ND, weight, offs=c.plan.ends_E),
             lambda c: [c.x_ND, weight]),
         Way("product", "padded to 2x", lambda c: padded_products(c, weight), lambda c: [c.x_ND, weight]),
         Way("activation", "gelu tanh", lambda c: F.gelu(c.h_NF, approximate="tanh"), lambda c: [c.h_NF]),
-        Way("combine", "by gather", lambda c: gpt.Combine.apply(c.y_ND, c.gate_TK, *c.plan[:2]),
+        Way("combine", "by gather", lambda c: kernels.Combine.apply(c.y_ND, c.gate_TK, *c.plan[:2]),
             lambda c: [c.y_ND, c.gate_TK]),
         Way("combine", "by scatter", combine_by_scatter, lambda c: [c.y_ND, c.gate_TK]),
         Way("experts", "ours", lambda c: moe.experts(c.x_ND, c.plan.ends_E),
@@ -636,4 +637,4 @@ def from_cache(model, prompt, new_tokens):
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    common.run(main)
