@@ -149,6 +149,9 @@ def find_bad_setting(settings):
         value = getattr(settings, name)
         if value is None:
             continue
+        choices = literal_choices(hint)
+        if choices and value not in choices:
+            return name, f"must be one of {', '.join(choices)}, not {value!r}"
         kinds = {kind for kind in (int, float, bool, str) if is_kind(hint, kind)}
         if kinds and type(value) not in kinds | ({int} if float in kinds else set()):
             return name, f"must be {' or '.join(sorted(kind.__name__ for kind in kinds))}, not {value!r}"
@@ -156,6 +159,12 @@ def find_bad_setting(settings):
             if not limits.holds(value):
                 return name, f"must be {limits}, not {value}"
     return None
+
+
+def literal_choices(hint):
+    """The values of a Literal, also inside Annotated or beside None; () for any other annotation."""
+    parts = (hint, *typing.get_args(hint))
+    return next((typing.get_args(part) for part in parts if typing.get_origin(part) is typing.Literal), ())
 
 
 def is_kind(hint, kind):
@@ -237,8 +246,7 @@ def help_text(args_class):
 def setting_help(name, hint, field, comment):
     import dataclasses
 
-    choices = next((typing.get_args(part) for part in (hint, *typing.get_args(hint))
-                    if typing.get_origin(part) is typing.Literal), None)  # fmt: skip
+    choices = literal_choices(hint)
     flag = f"--{name}" + (f" {{{','.join(map(str, choices))}}}" if choices else "")
     default = "" if field.default is dataclasses.MISSING or field.default is None else f" [{field.default}]"
     if field.default == "" or field.default == ():

@@ -8,6 +8,7 @@ Suffixes name shapes as in model.py: T tokens, E experts, K choices per token, N
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,29 @@ def linear_cross_entropy(h, weight, targets, reduction="mean"):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows to experts and back
+
+
+class Plan(NamedTuple):
+    """Where each (token, choice) pair goes when the pairs stand sorted by expert."""
+
+    row_N: torch.Tensor  # int64, pair n stands in this sorted row
+    pair_N: torch.Tensor  # int64, the inverse: the pair in each sorted row
+    place_N: torch.Tensor  # int64, how many pairs chose the same expert before pair n
+    count_E: torch.Tensor  # int64, pairs of each expert
+    ends_E: torch.Tensor  # int32, sorted rows of expert e are ends[e-1] to ends[e]
+
+
+def sort_by_expert(expert_TK, n_exp):
+    """Stable counting sort of the pairs by expert: no comparison, every shape known before the data is."""
+    expert_N = expert_TK.t().reshape(-1)  # choice-major
+    chosen_EN = expert_N == torch.arange(n_exp, device=expert_N.device)[:, None]
+    running_EN = chosen_EN.cumsum(dim=1, dtype=torch.int32)
+    count_E = running_EN[:, -1]
+    ends_E = count_E.cumsum(dim=0, dtype=torch.int32)
+    place_N = running_EN.gather(0, expert_N[None])[0].long() - 1
+    row_N = place_N + (ends_E - count_E)[expert_N]
+    pair_N = torch.empty_like(row_N).scatter_(0, row_N, torch.arange(row_N.numel(), device=row_N.device))
+    return Plan(row_N, pair_N, place_N, count_E.long(), ends_E)
 
 
 class Dispatch(torch.autograd.Function):
@@ -247,3 +271,24 @@ def grouped_linear(x_ND, weight_EDF, bias_EF, ends_E):
         y_NF = F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
         return y_NF if bias_EF is None else AddExpertBias.apply(y_NF, bias_EF, ends_E)
     return grouped_linear_loop(x_ND, weight_EDF, bias_EF, ends_E)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Keys and values for sampling
+
+
+class KVCache:
+    """Keys and values of the tokens so far, (B, n_head, block_size, head width) per layer; `length` are filled."""
+
+    def __init__(self, config, batch_size, device, dtype):
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Store k, v (B, n_head, S, head width) of the new tokens; return those of all tokens so far."""
+        end = self.length + k.shape[2]
+        self.keys[layer][:, :, self.length : end] = k
+        self.values[layer][:, :, self.length : end] = v
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]

@@ -1,25 +1,30 @@
 """GPT-2 and its Mixture-of-Experts variants: the whole model in one file.
 
-    out = GPT(GPTConfig(n_exp=8, use_noisy_top_k=True))(idx, targets)
+    out = GPT(GPTConfig(n_exp=8, use_aux_loss=True))(idx, targets)
     out.loss.backward()          # cross-entropy + weighted router losses;  out.ce_loss is the cross-entropy alone
 
-Dense parts follow GPT-2 (tied embeddings, learned positions, pre-norm, GELU tanh); names of parameters are GPT-2's,
-so outside checkpoints load. With n_exp > 1 the MLP of every `stride`-th block becomes a MoE layer (0, 2, 4, ...):
+The dense parts follow GPT-2 (tied embeddings, learned positions, pre-norm, GELU tanh) and have its parameter names, so
+its checkpoints load. With n_exp > 1 the MLP of every `stride`-th block becomes a MoE layer (blocks 0, 2, 4, ...):
 
-    router    logits = x W_g, top k of E experts a token: Shazeer 2017 (1701.06538) eq. 3-5, Switch (2101.03961)
+    router    logits = x W_g, top k of E experts per token: Shazeer 2017 (1701.06538) eq. 3-5, Switch (2101.03961)
     losses    load balance: Switch eq. 4-6 with k choices; router z-loss: ST-MoE (2202.08906) eq. 5
-    dispatch  sort the (token, choice) pairs by expert, run the experts as grouped matrix products on sorted rows,
+    dispatch  sort the (token, choice) pairs by expert, run the experts as grouped matrix products on the sorted rows,
               combine by gate. No tensor of tokens x experts x capacity exists: memory and time are linear in tokens.
     capacity  a mask on the pairs, so dropless (capacity `inf`) and capacity share one path.
 
+A new router loss is a setting, a formula and a row of ROUTER_LOSSES; a new gate is a function and a row of GATES; each
+then gets a row in the table of variants (sweep.py). docs/add_a_trick.md shows one from beginning to end.
+
 Shapes:  B sequences, S positions, V vocabulary; in the MoE code
-         T tokens (B*S), E experts, K choices a token, N = T*K pairs, D width, F = 4 D hidden.
+         T tokens (B*S), E experts, K choices per token, N = T*K pairs, D width, F hidden width.
 A suffix names the shape: x_TD is (T, D). Pairs are numbered choice-major, n = k*T + t: all first choices, then all
 second choices, which is the order in which capacity is given out.
 """
 
+import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -28,93 +33,159 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from kernels import Combine, Dispatch, at_least_float32, compute_dtype, grouped_linear, linear_cross_entropy
+from common import AboveZero, Fraction, NotNegative, Positive, Rate, find_bad_setting
+from kernels import (
+    Combine,
+    Dispatch,
+    KVCache,
+    at_least_float32,
+    compute_dtype,
+    grouped_linear,
+    linear_cross_entropy,
+    sort_by_expert,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Configuration and output
+# Gates: how the chosen experts are weighted. choose(ranked) returns the indices (T, K) of the largest entries, best
+# first; a gate ranks by its own score, and returns those indices and their weights (T, K).
+
+
+def topk_softmax(logits_TE, probs_TE, choose):
+    """Softmax over the selected logits (Shazeer eq. 3, Mixtral); the constant 1, without gradient, at K = 1."""
+    expert_TK = choose(logits_TE, probs_TE)
+    return expert_TK, torch.softmax(logits_TE.gather(1, expert_TK), dim=-1)
+
+
+def softmax(logits_TE, probs_TE, choose):
+    """The selected entries of the softmax over all experts, as they are (Switch, ST-MoE)."""
+    expert_TK = choose(logits_TE, probs_TE)
+    return expert_TK, probs_TE.gather(1, expert_TK)
+
+
+def sigmoid(logits_TE, probs_TE, choose):
+    """The selected sigmoids, normalised over the selection for K > 1 (DeepSeek-V3, 2412.19437, eq. 13)."""
+    scores_TE = torch.sigmoid(logits_TE)
+    expert_TK = choose(logits_TE, scores_TE)
+    gate_TK = scores_TE.gather(1, expert_TK)
+    return expert_TK, gate_TK / gate_TK.sum(dim=-1, keepdim=True) if expert_TK.shape[1] > 1 else gate_TK
+
+
+GATES = {"topk_softmax": topk_softmax, "softmax": softmax, "sigmoid": sigmoid}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Router losses: functions of what the router decided and of the sorted pairs, per MoE layer
+
+
+def mean_over_ranks(f_E):
+    if dist.is_initialized():
+        dist.all_reduce(f_E)
+        f_E = f_E / dist.get_world_size()
+    return f_E
+
+
+BALANCE_SCOPES = {"micro_batch": lambda f_E: f_E, "global": mean_over_ranks}  # the load in the load-balance loss
+
+
+def load_balance_loss(moe, routing, plan):
+    """Switch eq. 4 with k choices: E * sum_e f_e P_e, gradient through P alone; k when balanced."""
+    f_E = plan.count_E / routing.logits_TE.shape[0]  # choices per token on expert e, sums to K
+    if moe.training:  # only then do all ranks run the same number of forwards
+        f_E = BALANCE_SCOPES[moe.config.balance_scope](f_E)
+    return moe.config.n_exp * (f_E * routing.probs_TE.mean(dim=0)).sum()
+
+
+def router_z_loss(moe, routing, plan):
+    """ST-MoE eq. 5: mean over tokens of logsumexp(logits)^2."""
+    return torch.logsumexp(routing.logits_TE, dim=-1).square().mean()
+
+
+class RouterLoss(NamedTuple):
+    switch: str  # the setting that turns it on
+    weight: str  # the setting of its weight in the loss
+    formula: Callable  # (MoE, Routing, Plan) -> scalar
+
+
+ROUTER_LOSSES = {
+    "aux_loss": RouterLoss("use_aux_loss", "aux_loss_weight", load_balance_loss),
+    "z_loss": RouterLoss("use_router_z_loss", "router_z_loss_weight", router_z_loss),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings and output
 
 
 @dataclass
 class GPTConfig:
-    """Shape of the model. Raises ValueError, naming the field, for values that no model can have."""
+    """Settings of the model. Raises ValueError, naming the field, for values that no model can have."""
 
-    block_size: int = 1024
-    vocab_size: int = 50304  # 50257 padded to a multiple of 64
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0
-    bias: bool = True  # in Linears, LayerNorms and experts, as GPT-2
-    n_exp: int = 1  # 1 is the dense model
-    top_k: int = 2
-    stride: int = 2  # block i is MoE when i % stride == 0
-    gate: Literal["topk_softmax", "softmax", "sigmoid"] = "topk_softmax"
-    use_noisy_top_k: bool = False
-    use_aux_loss: bool = False
-    use_router_z_loss: bool = False
-    use_bias_balance: bool = False
-    n_shared_exp: int = 0  # dense experts that every token passes, beside the routed ones
-    aux_loss_weight: float = 0.01
-    router_z_loss_weight: float = 0.001
-    train_capacity: float = 1.25  # inf: dropless
-    eval_capacity: float = 2.0
-    min_capacity: int = 4
-    use_switch_tfm_init: bool = False
-    switch_tfm_init_scale: float = 1.0
-    router_use_full_prec: bool = False
-    balance_scope: Literal["micro_batch", "global"] = "micro_batch"  # of the load in the balance loss
+    # shape
+    block_size: Positive = 1024  # Positions
+    vocab_size: Positive = 50304  # Vocabulary size: GPT-2's 50257 padded to a multiple of 64
+    n_layer: Positive = 12  # Transformer blocks
+    n_head: Positive = 12  # Attention heads per block
+    n_embd: Positive = 768  # Width
+    bias: bool = True  # Biases in Linears, LayerNorms and experts, as in GPT-2
+    dropout: Fraction = 0.0  # Dropout rate: 0 for pretraining, 0.1 and more for finetuning
+
+    # mixture of experts (no effect with --n_exp 1)
+    n_exp: Positive = 1  # Experts per MoE layer; 1 is the dense model
+    top_k: Positive = 2  # Experts per token
+    stride: Positive = 2  # Every stride-th block is a MoE layer, from block 0
+    use_noisy_top_k: bool = False  # Learned noise on the router logits, in training
+    use_aux_loss: bool = False  # Load-balance loss
+    use_router_z_loss: bool = False  # Penalty on large router logits
+    use_switch_tfm_init: bool = False  # MoE layers drawn from a truncated normal, std sqrt(scale / fan in)
+    router_use_full_prec: bool = False  # Router in float32 under autocast
+    switch_tfm_init_scale: AboveZero = 1.0  # Scale of that initialisation; the paper recommends 0.1
+    gate: Literal[tuple(GATES)] = "topk_softmax"  # Weights of the chosen experts
+    use_bias_balance: bool = False  # Balance by a bias on the selection, without a loss
+    bias_balance_rate: Rate = 0.001  # Change of the selection bias per step
+    n_shared_exp: NotNegative = 0  # Experts that every token passes, beside the routed ones
+    aux_loss_weight: Rate = 0.01  # Weight of the load-balance loss
+    router_z_loss_weight: Rate = 0.001  # Weight of the router z-loss
+    balance_scope: Literal[tuple(BALANCE_SCOPES)] = "micro_batch"  # Load in the load-balance loss; global: all ranks'
+    train_capacity: AboveZero = 1.25  # Capacity factor of an expert in training; inf drops nothing
+    eval_capacity: AboveZero = 2.0  # Capacity factor in validation
+    min_capacity: Positive = 4  # Smallest capacity of an expert, tokens
 
     def __post_init__(self):
-        shape = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd")
-        for name in (*shape, "n_exp", "top_k", "stride", "min_capacity"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if bad := find_bad_setting(self):
+            raise ValueError(f"{bad[0]} {bad[1]}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.n_exp > 1 and self.top_k > self.n_exp:
             raise ValueError(f"top_k {self.top_k} is more than n_exp {self.n_exp}: a token cannot pick an expert twice")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
-        if self.n_shared_exp < 0:
-            raise ValueError(f"n_shared_exp must not be negative, it is {self.n_shared_exp}")
-        for name in ("train_capacity", "eval_capacity", "switch_tfm_init_scale"):
-            if not getattr(self, name) > 0:  # `not >` also catches nan
-                raise ValueError(f"{name} must be above 0, not {getattr(self, name)}")
-        for name in ("aux_loss_weight", "router_z_loss_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number, 0 or more, not {getattr(self, name)}")
+
+    @property
+    def hidden(self):
+        """Hidden width of the dense MLP and of each expert."""
+        return 4 * self.n_embd
 
     def is_moe_layer(self, layer: int) -> bool:
         return self.n_exp > 1 and layer % self.stride == 0
 
 
+MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(GPTConfig))
+MOE_FIELDS = MODEL_FIELDS[MODEL_FIELDS.index("n_exp") + 1 :]  # those that have no effect in a dense model
+
+
 class Output(NamedTuple):
-    loss: torch.Tensor | None  # scalar, what is optimised: ce_loss + weighted router losses
+    loss: torch.Tensor | None  # scalar, the optimised one: ce_loss + weighted router losses
     ce_loss: torch.Tensor | None  # scalar, nats per token; (B, S) with reduction="none"
-    aux_loss: torch.Tensor  # scalar, unweighted, summed over MoE layers; 0 where unused
-    z_loss: torch.Tensor  # likewise
+    losses: dict  # {name: scalar} of the router losses that are on, unweighted, summed over MoE layers
     logits: torch.Tensor | None  # (B, S, V) when there are no targets, else None
+
+    @property
+    def aux_loss(self):
+        return self.losses.get("aux_loss", torch.zeros(()))
+
+    @property
+    def z_loss(self):
+        return self.losses.get("z_loss", torch.zeros(()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Attention and the dense MLP
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, (B, n_head, block_size, head width) a layer; `length` are filled."""
-
-    def __init__(self, config, batch_size, device, dtype):
-        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.length = 0
-
-    def append(self, layer, k, v):
-        """Store k, v (B, n_head, S, head width) of the new tokens; return those of all tokens so far."""
-        end = self.length + k.shape[2]
-        self.keys[layer][:, :, self.length : end] = k
-        self.values[layer][:, :, self.length : end] = v
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
 class CausalSelfAttention(nn.Module):
@@ -133,23 +204,24 @@ class CausalSelfAttention(nn.Module):
         )
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        # On the CPU the backward in bf16 costs 0.45 ms a head, however short: short rows are faster in float32.
-        if x.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 128 and torch.is_grad_enabled():
+        dtype = q.dtype
+        # On the CPU the bf16 backward has a fixed cost per head: short rows are faster in float32.
+        if x.device.type == "cpu" and dtype == torch.bfloat16 and k.shape[2] <= 128 and torch.is_grad_enabled():
             q, k, v = q.float(), k.float(), v.float()
         with torch.autocast(x.device.type, enabled=False):
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask, dropout_p=self.dropout if self.training else 0.0,
                 is_causal=attn_mask is None and k.shape[2] == S,
             )  # fmt: skip
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, S, D)))
+        return self.resid_dropout(self.c_proj(y.to(dtype).transpose(1, 2).reshape(B, S, D)))
 
 
 class MLP(nn.Module):
-    def __init__(self, config, n_hidden):
+    def __init__(self, config, n_hidden, dropout):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
         self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
@@ -167,7 +239,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Chooses top_k experts for each token."""
+    """Chooses top_k experts for each token. A subclass may override `choose`."""
 
     def __init__(self, config):
         super().__init__()
@@ -176,71 +248,36 @@ class Router(nn.Module):
             self.w_noise = nn.Linear(config.n_embd, config.n_exp, bias=False)
         if config.use_bias_balance:
             self.register_buffer("balance_bias", torch.zeros(config.n_exp))
-        self.top_k, self.gate = config.top_k, config.gate
-        self.noisy, self.balanced = config.use_noisy_top_k, config.use_bias_balance
-        self.full_prec = config.router_use_full_prec
+        self.config = config
+
+    def product(self, x_TD, linear):
+        """x_TD @ linear (T, E) as float32. Under autocast the product is bf16 unless router_use_full_prec."""
+        if not self.config.router_use_full_prec:
+            return at_least_float32(linear(x_TD))
+        # Both are needed: autocast would make the product bf16, and input or weight may arrive in bf16.
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(at_least_float32(x_TD), at_least_float32(linear.weight))
 
     def logits(self, x_TD):
-        """Router logits (T, E) as float32. Under autocast the products are bf16 unless router_use_full_prec."""
-        if not self.full_prec:
-            return self.noisy_logits(self.w_g(x_TD), self.w_noise(x_TD) if self.noisy else None)
-        # Both are needed: autocast would make the product bf16, and the input arrives in bf16 or the weight may be.
-        with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = at_least_float32(x_TD)
-            clean = F.linear(x_TD, at_least_float32(self.w_g.weight))
-            scale = F.linear(x_TD, at_least_float32(self.w_noise.weight)) if self.noisy else None
-            return self.noisy_logits(clean, scale)
-
-    def noisy_logits(self, clean_TE, scale_TE):
-        """Shazeer eq. 4, in training only: H(x) = x W_g + N(0, 1) * softplus(x W_noise)."""
-        clean_TE = at_least_float32(clean_TE)
-        if not (self.noisy and self.training):
+        """Router logits (T, E), float32. Shazeer eq. 4, in training: H(x) = x W_g + N(0, 1) * softplus(x W_noise)."""
+        clean_TE = self.product(x_TD, self.w_g)
+        if not (self.config.use_noisy_top_k and self.training):
             return clean_TE
-        return clean_TE + torch.randn_like(clean_TE) * F.softplus(at_least_float32(scale_TE))
+        return clean_TE + torch.randn_like(clean_TE) * F.softplus(self.product(x_TD, self.w_noise))
 
-    def select(self, logits_TE, scores_TE):
+    def choose(self, logits_TE, scores_TE):
         """Indices (T, K) of the chosen experts, best first.
 
         With bias balancing (Wang 2024, 2408.15664) the bias moves the choice only: the gate is of the unbiased score.
         """
-        ranked = scores_TE + self.balance_bias if self.balanced else logits_TE
-        return ranked.topk(self.top_k, dim=-1).indices
+        ranked_TE = scores_TE + self.balance_bias if self.config.use_bias_balance else logits_TE
+        return ranked_TE.topk(self.config.top_k, dim=-1).indices
 
     def forward(self, x_TD):
         logits_TE = self.logits(x_TD)
         probs_TE = torch.softmax(logits_TE, dim=-1)
-        scores_TE = torch.sigmoid(logits_TE) if self.gate == "sigmoid" else probs_TE
-        expert_TK = self.select(logits_TE, scores_TE)
-        if self.gate == "topk_softmax":  # Shazeer eq. 3, Mixtral: softmax over the selected; a constant 1 at K = 1
-            gate_TK = torch.softmax(logits_TE.gather(1, expert_TK), dim=-1)
-        else:  # Switch, ST-MoE: the selected entries as they are
-            gate_TK = scores_TE.gather(1, expert_TK)
-        if self.gate == "sigmoid" and self.top_k > 1:  # DeepSeek-V3 (2412.19437) eq. 13: normalised over the selected
-            gate_TK = gate_TK / gate_TK.sum(dim=-1, keepdim=True)
+        expert_TK, gate_TK = GATES[self.config.gate](logits_TE, probs_TE, self.choose)
         return Routing(expert_TK, gate_TK, logits_TE, probs_TE)
-
-
-class Plan(NamedTuple):
-    """Where each (token, choice) pair goes when the pairs stand sorted by expert."""
-
-    row_N: torch.Tensor  # int64, pair n stands in this sorted row
-    pair_N: torch.Tensor  # int64, the inverse: the pair in each sorted row
-    place_N: torch.Tensor  # int64, how many pairs chose the same expert before pair n
-    count_E: torch.Tensor  # int64, pairs of each expert
-    ends_E: torch.Tensor  # int32, sorted rows of expert e are ends[e-1] to ends[e]
-
-
-def sort_by_expert(expert_TK, n_exp):
-    """Stable counting sort of the pairs by expert: no comparison, every shape known before the data is."""
-    expert_N = expert_TK.t().reshape(-1)  # choice-major
-    chosen_EN = expert_N == torch.arange(n_exp, device=expert_N.device)[:, None]
-    running_EN = chosen_EN.cumsum(dim=1, dtype=torch.int32)
-    count_E = running_EN[:, -1]
-    ends_E = count_E.cumsum(dim=0, dtype=torch.int32)
-    place_N = running_EN.gather(0, expert_N[None])[0].long() - 1
-    row_N = place_N + (ends_E - count_E)[expert_N]
-    pair_N = torch.empty_like(row_N).scatter_(0, row_N, torch.arange(row_N.numel(), device=row_N.device))
-    return Plan(row_N, pair_N, place_N, count_E.long(), ends_E)
 
 
 class Experts(nn.Module):
@@ -248,13 +285,14 @@ class Experts(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        E, D, H = config.n_exp, config.n_embd, 4 * config.n_embd
+        E, D, H = config.n_exp, config.n_embd, config.hidden
         self.c_fc = nn.Parameter(torch.empty(E, D, H))
         self.c_proj = nn.Parameter(torch.empty(E, H, D))
         self.fc_bias = nn.Parameter(torch.empty(E, 1, H)) if config.bias else None
         self.proj_bias = nn.Parameter(torch.empty(E, 1, D)) if config.bias else None
 
     def forward(self, x_ND, ends_E):
+        """Rows sorted by expert (N, D) -> (N, D)."""
         dtype, bias_dtype = x_ND.dtype, torch.float32 if x_ND.is_cuda else x_ND.dtype
         fc_bias, proj_bias = (b if b is None else b.squeeze(1).to(bias_dtype) for b in (self.fc_bias, self.proj_bias))
         h_NF = F.gelu(grouped_linear(x_ND, self.c_fc.to(dtype), fc_bias, ends_E), approximate="tanh")
@@ -262,66 +300,61 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
+    """Router and experts in the place of an MLP. A subclass may override `mix`."""
+
     def __init__(self, config):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
-        self.shared = MLP(config, 4 * config.n_embd * config.n_shared_exp) if config.n_shared_exp else None
+        self.shared = MLP(config, config.hidden * config.n_shared_exp, dropout=0.0) if config.n_shared_exp else None
         self.dropout = nn.Dropout(config.dropout)
         self.config = config
-        # What the last forward did, for the log: kept on the device, read by GPT.router_stats().
-        self.register_buffer("load", torch.zeros(config.n_exp), persistent=False)
+        # Statistics of the last forward, for the log: they stay on the device until GPT.router_stats() reads them.
+        self.register_buffer("count", torch.zeros(config.n_exp), persistent=False)  # choices per expert
         self.register_buffer("stats", torch.zeros(3), persistent=False)  # dropped fraction, entropy, largest |logit|
-        if config.use_bias_balance:  # choices since the last update of the bias, over micro-batches
-            self.register_buffer("count", torch.zeros(config.n_exp), persistent=False)
 
     def capacity(self, n_tokens):
-        """Most pairs an expert takes, Switch eq. 3 with k choices; None where no pair can be dropped."""
+        """Most pairs that an expert takes, Switch eq. 3 with k choices; None where no pair can be dropped."""
         factor = self.config.train_capacity if self.training else self.config.eval_capacity
-        if math.isinf(factor):
+        wanted = self.config.top_k * factor * n_tokens / self.config.n_exp
+        if wanted >= n_tokens:  # a token chooses an expert at most once
             return None
-        capacity = math.floor(self.config.top_k * factor * n_tokens / self.config.n_exp)
+        capacity = math.floor(wanted)
         capacity = max(self.config.min_capacity, capacity + capacity % 2)
-        return capacity if capacity < n_tokens else None  # a token chooses an expert at most once
+        return capacity if capacity < n_tokens else None
 
-    def forward(self, x, dropless=False):
-        """x (B, S, D) -> output (B, S, D), load-balance loss and z-loss, scalars, 0 where unused."""
-        x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_TD)
-        plan = sort_by_expert(routing.expert_TK, self.config.n_exp)
-        capacity = None if dropless else self.capacity(x_TD.shape[0])
+    def mix(self, x_TD, routing, plan, capacity):
+        """Each token's experts, weighted by its gates: (T, D). Pairs beyond an expert's capacity count as 0."""
         gate_TK = routing.gate_TK
         if capacity is not None:
             kept_TK = (plan.place_N < capacity).view(self.config.top_k, -1).t()
             gate_TK = gate_TK * kept_TK
         x_ND = Dispatch.apply(x_TD.to(compute_dtype(x_TD)), plan.row_N, plan.pair_N)
-        y_TD = Combine.apply(self.experts(x_ND, plan.ends_E), gate_TK, plan.row_N, plan.pair_N)
+        return Combine.apply(self.experts(x_ND, plan.ends_E), gate_TK, plan.row_N, plan.pair_N)
+
+    def forward(self, x, dropless=False):
+        """x (B, S, D) -> output (B, S, D) and {name: scalar} of the router losses that are on."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        routing = self.router(x_TD)
+        plan = sort_by_expert(routing.expert_TK, self.config.n_exp)
+        capacity = None if dropless else self.capacity(x_TD.shape[0])
+        y_TD = self.mix(x_TD, routing, plan, capacity)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
         self.record(routing, plan, capacity)
-        return self.dropout(y_TD).view(x.shape), *self.losses(routing, plan)
-
-    def losses(self, routing, plan):
-        aux = z = routing.logits_TE.new_zeros(())
-        if self.config.use_aux_loss:  # Switch eq. 4: E * sum_e f_e P_e, gradient through P alone
-            f_E = plan.count_E / routing.logits_TE.shape[0]  # choices on expert e per token, sums to K
-            # In training alone: there all ranks run the same number of forwards.
-            if self.config.balance_scope == "global" and self.training and dist.is_initialized():
-                dist.all_reduce(f_E)
-                f_E = f_E / dist.get_world_size()
-            aux = self.config.n_exp * (f_E * routing.probs_TE.mean(dim=0)).sum()
-        if self.config.use_router_z_loss:  # ST-MoE eq. 5
-            z = torch.logsumexp(routing.logits_TE, dim=-1).square().mean()
-        return aux, z
+        losses = {
+            name: loss.formula(self, routing, plan)
+            for name, loss in ROUTER_LOSSES.items()
+            if getattr(self.config, loss.switch)
+        }
+        return self.dropout(y_TD).view(x.shape), losses
 
     @torch.no_grad()
     def record(self, routing, plan, capacity):
         dropped = plan.place_N >= capacity if capacity is not None else torch.zeros_like(plan.place_N)
         entropy = -(routing.probs_TE * torch.log_softmax(routing.logits_TE, dim=-1)).sum(-1).mean()
-        self.load.copy_(plan.count_E / plan.row_N.numel())
+        self.count.copy_(plan.count_E)
         self.stats.copy_(torch.stack([dropped.float().mean(), entropy, routing.logits_TE.abs().max()]))
-        if self.config.use_bias_balance and self.training:
-            self.count.add_(plan.count_E)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,14 +368,15 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.is_moe = config.is_moe_layer(layer)
-        self.mlp = MoE(config) if self.is_moe else MLP(config, 4 * config.n_embd)
+        self.mlp = MoE(config) if self.is_moe else MLP(config, config.hidden, config.dropout)
 
     def forward(self, x, attn_mask=None, cache=None, dropless=False):
+        """x (B, S, D) -> (B, S, D) and the router losses of this layer, {} for a dense one."""
         x = x + self.attn(self.ln_1(x), attn_mask, cache)
         if not self.is_moe:
-            return x + self.mlp(self.ln_2(x)), 0.0, 0.0
-        y, aux_loss, z_loss = self.mlp(self.ln_2(x), dropless)
-        return x + y, aux_loss, z_loss
+            return x + self.mlp(self.ln_2(x)), {}
+        y, losses = self.mlp(self.ln_2(x), dropless)
+        return x + y, losses
 
 
 class GPT(nn.Module):
@@ -353,7 +387,7 @@ class GPT(nn.Module):
         if config.n_exp > 1 and config.top_k == 1 and config.gate == "topk_softmax":
             warnings.warn(
                 "top_k=1 with gate='topk_softmax' gives the router no gradient from the cross-entropy (a softmax over "
-                "one logit is 1): the published top-1 runs; set gate='softmax' for a top-1 router that learns",
+                "one logit is 1), as in the published top-1 runs; set gate='softmax' for a top-1 router that learns",
                 stacklevel=2,
             )
         self.config = config
@@ -396,20 +430,21 @@ class GPT(nn.Module):
                 raise RuntimeError(f"no initialisation for {name}")
 
     def forward(self, idx, targets=None, reduction="mean", dropless=False):
-        """idx, targets int64 (B, S), target -1 ignored -> Output. `dropless` lifts the capacity, as evaluation does."""
-        h, aux_loss, z_loss = self.run_blocks(idx, dropless=dropless)
+        """idx, targets int64 (B, S), target -1 ignored -> Output. `dropless` lifts the capacity, as sampling does."""
+        h, losses = self.run_blocks(idx, dropless=dropless)
         if targets is None:
-            return Output(None, None, aux_loss, z_loss, self.lm_head(h))
+            return Output(None, None, losses, self.lm_head(h))
         h = h.to(compute_dtype(h))
         ce = linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction)
-        mean = ce if reduction == "mean" else ce.sum() / (targets >= 0).sum()
-        loss = mean + self.config.aux_loss_weight * aux_loss + self.config.router_z_loss_weight * z_loss
-        return Output(loss, ce if reduction == "mean" else ce.view(targets.shape), aux_loss, z_loss, None)
+        loss = ce if reduction == "mean" else ce.sum() / (targets >= 0).sum()
+        for name, value in losses.items():
+            loss = loss + getattr(self.config, ROUTER_LOSSES[name].weight) * value
+        return Output(loss, ce if reduction == "mean" else ce.view(targets.shape), losses, None)
 
     def hidden_states(self, idx, positions=None, attn_mask=None, cache=None, dropless=False):
         """Final hidden states (B, S, D), the input of lm_head.
 
-        positions int64 (S,) or (B, S), default 0, 1, ... after what the cache holds; attn_mask bool, True = attend,
+        positions int64 (S,) or (B, S), default 0, 1, ... after those in the cache; attn_mask bool, True = attend,
         broadcastable to (B, n_head, S, all S so far), default causal; cache from new_cache(), idx then new tokens only.
         """
         return self.run_blocks(idx, positions, attn_mask, cache, dropless)[0]
@@ -423,52 +458,57 @@ class GPT(nn.Module):
         if attn_mask is None and seen and S > 1:  # causal, the new tokens standing last
             attn_mask = torch.ones(S, seen + S, dtype=torch.bool, device=idx.device).tril(seen)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        aux_loss = z_loss = torch.zeros((), device=idx.device)
+        losses = {}
         for block in self.transformer.h:
-            x, aux, z = block(x, attn_mask, cache, dropless)
-            aux_loss, z_loss = aux_loss + aux, z_loss + z
+            x, of_layer = block(x, attn_mask, cache, dropless)
+            for name, value in of_layer.items():
+                losses[name] = losses.get(name, 0.0) + value
         if cache is not None:
             cache.length += S
-        return self.transformer.ln_f(x), aux_loss, z_loss
+        return self.transformer.ln_f(x), losses
 
     def new_cache(self, batch_size):
         """An empty KVCache for `batch_size` sequences, in the type the attention runs in."""
         weight = self.lm_head.weight
         return KVCache(self.config, batch_size, weight.device, compute_dtype(weight))
 
-    # -- what a training loop asks of a model
+    # -- for the training loop
 
     def moe_layers(self):
         """(layer number, MoE) of each MoE layer."""
         return [(layer, block.mlp) for layer, block in enumerate(self.transformer.h) if block.is_moe]
 
-    MAX_LOGIT = 2  # column of router_table
+    MAX_LOGIT, COUNTS = 2, 3  # columns of router_table: the largest |logit|, the first of the counts
 
     def router_table(self):
-        """Of the last forward, on the device: a row per MoE layer, (dropped fraction, entropy, largest |logit|, load
-        of each expert)."""
-        return torch.stack([torch.cat([moe.stats, moe.load]) for _, moe in self.moe_layers()])
+        """Of the last forward, on the device: a row per MoE layer (dropped fraction, entropy, largest |logit|, then the
+        choices per expert), float32."""
+        return torch.stack([torch.cat([moe.stats, moe.count]) for _, moe in self.moe_layers()])
 
     def router_stats(self, table=None):
-        """A dict per MoE layer, of the last forward or of a table: layer, load (fraction of choices on each expert,
-        sums to 1), drop_frac (of choices), entropy (nats, mean over tokens, of the softmax over all experts),
-        max_logit (largest |logit|), max_vio (Wang 2024: max load / mean load - 1). Waits for the device."""
+        """A dict per MoE layer, of the last forward or of a table: layer, load (fraction of choices per expert, sums
+        to 1), drop_frac (of choices), entropy (nats, mean over tokens, of the softmax over all experts), max_logit
+        (largest |logit|), max_vio (Wang 2024: max load / mean load - 1). Waits for the device."""
         layers = [layer for layer, _ in self.moe_layers()]
         if not layers:
             return []
-        rows = (self.router_table() if table is None else table).tolist()
-        return [
-            {"layer": layer, "load": load, "drop_frac": drop, "entropy": entropy, "max_logit": logit,
-             "max_vio": max(load) * len(load) - 1}
-            for layer, (drop, entropy, logit, *load) in zip(layers, rows, strict=True)
-        ]  # fmt: skip
+        stats = []
+        for layer, row in zip(layers, (self.router_table() if table is None else table).tolist(), strict=True):
+            (drop, entropy, logit), counts = row[: self.COUNTS], row[self.COUNTS :]
+            load = [count / max(1, sum(counts)) for count in counts]
+            stats.append({"layer": layer, "load": load, "drop_frac": drop, "entropy": entropy, "max_logit": logit,
+                          "max_vio": max(load) * len(load) - 1})  # fmt: skip
+        return stats
 
     @torch.no_grad()
-    def update_balance_bias(self, rate):
-        """Move each expert's selection bias by +-rate toward equal load (Wang 2024, algorithm 1). Once a step."""
-        for _, moe in self.moe_layers():
-            moe.router.balance_bias.add_(rate * torch.sign(moe.count.mean() - moe.count))
-            moe.count.zero_()
+    def update_balance_bias(self, table):
+        """Move each expert's selection bias by +-bias_balance_rate toward equal load (Wang 2024, algorithm 1).
+
+        Once per step, with a router_table whose counts are summed over the micro-batches and ranks of the step.
+        """
+        for (_, moe), row in zip(self.moe_layers(), table, strict=True):
+            count_E = row[self.COUNTS :]
+            moe.router.balance_bias.add_(self.config.bias_balance_rate * torch.sign(count_E.mean() - count_E))
 
     def num_params(self):
         """Parameters without the position embeddings, as nanoGPT counts; the tied output projection counts once."""
@@ -480,11 +520,11 @@ class GPT(nn.Module):
         return self.num_params() - experts + experts * self.config.top_k // self.config.n_exp
 
     def estimate_flops_per_token(self, T):
-        """Training FLOPs a token, forward and backward, at sequence length T: PaLM (2204.02311) appendix B."""
+        """Training FLOPs per token, forward and backward, at sequence length T: PaLM (2204.02311) appendix B."""
         return 6 * self.num_active_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
     def optimizer_groups(self, weight_decay):
-        """Two groups: weights of products and embeddings are decayed, biases (an expert's too) and norms are not."""
+        """Two groups: weights of products and embeddings are decayed, biases (the experts' too) and norms are not."""
         decayed = {n: p for n, p in self.named_parameters() if not (n.endswith("bias") or ".ln_" in n)}
         plain = {n: p for n, p in self.named_parameters() if n not in decayed}
         return [

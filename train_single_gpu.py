@@ -41,7 +41,7 @@ import sample
 from common import UserError, atomic_write, lock
 from dataloader import DataLoader
 from logger import Console, Log, describe_run, print_header
-from model import GPT, GPTConfig
+from model import GPT, MODEL_FIELDS, GPTConfig
 from tokenizer import get_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ class Args:
     use_bias_balance: bool = False  # balance by a bias on the selection, without a loss
     aux_loss_weight: float = 0.01  # of the load-balance loss
     router_z_loss_weight: float = 0.001  # of the router z-loss
-    bias_balance_rate: float = 0.001  # move of the selection bias a step
+    bias_balance_rate: float = 0.001  # move of the selection bias per step
     balance_scope: Literal["micro_batch", "global"] = "micro_batch"  # load in the balance loss; global: all ranks'
     train_capacity: float = 1.25  # capacity factor of an expert; inf drops nothing
     eval_capacity: float = 2.0  # the same in validation
@@ -140,7 +140,6 @@ POSITIVE = ("total_batch_size", "B", "T", "max_steps", "val_loss_steps", "save_c
             "hellaswag_limit", "block_size", "dist_timeout")  # fmt: skip
 NOT_NEGATIVE = ("seed", "data_seed", "warmup_steps", "val_loss_every", "sample_from_model_every", "hellaswag_every")
 RATES = ("max_lr", "min_lr", "weight_decay", "bias_balance_rate")
-MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(GPTConfig))
 # Of the settings that are not the model's, those without which a resumed run would not be the same run.
 FIXED_FIELDS = (*MODEL_FIELDS, "seed", "data_seed", "T", "optimizer")
 
@@ -288,8 +287,7 @@ def learning_rate(step, args):
 
 class StepResult(NamedTuple):
     ce_loss: float  # nats per token, over the global batch
-    aux_loss: float
-    z_loss: float
+    losses: dict  # the router losses, unweighted, summed over MoE layers
     grad_norm: float  # before clipping
     stop: bool  # some rank was told to stop
     applied: bool  # the update was made: loss and gradient were finite
@@ -304,7 +302,7 @@ def seed_noise(seed, step, micro_batch):
 def train_step(called, model, optimizer, loader, args, machine, step, stop):
     """Forward and backward over the micro-batches of this rank, clip, update. One transfer to the host, at its end."""
     micro_steps = args.total_batch_size // (args.B * args.T * machine.world_size)
-    losses = torch.zeros(3, device=machine.device)
+    losses = {}
     tables = []
     for i in range(micro_steps):
         x, y = loader.next_batch()
@@ -317,7 +315,8 @@ def train_step(called, model, optimizer, loader, args, machine, step, stop):
         with machine.autocast():
             out = called(x, y)
         (out.loss / micro_steps).backward()
-        losses += torch.stack([out.ce_loss, out.aux_loss, out.z_loss]).detach() / micro_steps
+        for name, value in {"ce_loss": out.ce_loss, **out.losses}.items():
+            losses[name] = losses.get(name, 0.0) + value.detach() / micro_steps
         if model.moe_layers():
             tables.append(model.router_table())
     norm = clip_gradients(model, args.grad_clip)
@@ -325,12 +324,14 @@ def train_step(called, model, optimizer, loader, args, machine, step, stop):
     for group in optimizer.param_groups:
         group["lr"] = lr
     losses, grad_norm, stop, table = collect(losses, norm, stop, tables, machine)
-    applied = all(map(math.isfinite, losses)) and math.isfinite(grad_norm)
+    applied = all(map(math.isfinite, losses.values())) and math.isfinite(grad_norm)
     if applied:
         optimizer.step()
-        balance_experts(model, args, machine)
+        if args.use_bias_balance and tables:
+            model.update_balance_bias(table)
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(*losses, grad_norm, stop, applied, model.router_stats(table) if tables else [])
+    ce_loss = losses.pop("ce_loss")
+    return StepResult(ce_loss, losses, grad_norm, stop, applied, model.router_stats(table) if tables else [])
 
 
 def clip_gradients(model, grad_clip):
@@ -339,28 +340,26 @@ def clip_gradients(model, grad_clip):
 
 
 def collect(losses, norm, stop, tables, machine):
-    """Mean losses and router table over the micro-batches of all ranks, brought to the host; whether any rank stops."""
-    table = torch.stack(tables).mean(0) if tables else losses.new_zeros(0)
-    largest = torch.stack([t[:, GPT.MAX_LOGIT] for t in tables]).amax(0) if tables else losses.new_zeros(0)
+    """Mean losses and router table over the micro-batches of all ranks, brought to the host; whether any rank stops.
+
+    Counts are summed, not averaged, and the largest logit is the largest of all.
+    """
+    means = torch.stack(list(losses.values()))
+    table = torch.stack(tables).sum(0) if tables else means.new_zeros(0, 4)
+    largest = torch.stack([t[:, GPT.MAX_LOGIT] for t in tables]).amax(0) if tables else means.new_zeros(0)
+    n_tables = len(tables) * machine.world_size
     if machine.world_size > 1:
-        means = torch.cat([losses, table.flatten()]) / machine.world_size
-        most = torch.cat([largest, losses.new_tensor([float(stop)])])
-        dist.all_reduce(means)
+        sums = torch.cat([means, table.flatten()])
+        most = torch.cat([largest, means.new_tensor([float(stop)])])
+        dist.all_reduce(sums)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        losses, table, largest, stop = means[:3], means[3:].view(table.shape), most[:-1], most[-1:].item() > 0
+        means, table = sums[: len(means)] / machine.world_size, sums[len(means) :].view(table.shape)
+        largest, stop = most[:-1], most[-1:].item() > 0
     if tables:
+        table[:, : GPT.COUNTS] /= n_tables
         table[:, GPT.MAX_LOGIT] = largest
-    *losses, norm = torch.cat([losses, norm.reshape(1)]).tolist()
-    return losses, norm, stop, table
-
-
-def balance_experts(model, args, machine):
-    if not args.use_bias_balance:
-        return
-    if machine.world_size > 1:
-        for _, moe in model.moe_layers():
-            dist.all_reduce(moe.count)
-    model.update_balance_bias(args.bias_balance_rate)
+    *means, norm = torch.cat([means, norm.reshape(1)]).tolist()
+    return dict(zip(losses, means, strict=True)), norm, stop, table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -514,10 +513,7 @@ def evaluate(model, val_loader, examples, tokenizer, args, machine, step, log, c
 def step_streams(args, step, result, progress, tokens_per_second):
     """The log lines of one step."""
     streams = {"train": result.ce_loss}
-    if args.n_exp > 1 and args.use_aux_loss:
-        streams["aux_loss"] = result.aux_loss
-    if args.n_exp > 1 and args.use_router_z_loss:
-        streams["z_loss"] = result.z_loss
+    streams |= result.losses
     streams |= {"lr": learning_rate(step, args), "grad_norm": result.grad_norm}
     router = result.router
     if router:
