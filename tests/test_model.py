@@ -534,7 +534,7 @@ def test_one_graph_per_mode(variant):
     """One graph for training and one for evaluation, whatever the routing: fullgraph raises at a graph break, which
     every wait for the device and every shape that depends on data would be. Gradients equal the eager ones."""
     torch._dynamo.reset()
-    model, eager = (make(**VARIANTS[variant]) for _ in range(2))
+    model, eager = (make(**VARIANTS[variant] | {"n_layer": 2}) for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for seed, training in enumerate((True, True, False, False, True)):
