@@ -6,6 +6,7 @@ torch itself is imported where it is used, so that scripts without a model start
 
 import contextlib
 import ctypes
+import dataclasses
 import inspect
 import io
 import math
@@ -35,11 +36,16 @@ class UserError(Exception):
     """A mistake the user can fix. The message is one line: what is wrong, and the command or flag that fixes it."""
 
 
+class SharedError(UserError):
+    """A UserError that every rank raises."""
+
+
 def run(main):
     """Call `main()` and exit with the code it returns, or as the table above says for UserError, OSError and Ctrl-C.
 
     Any other exception is a bug and keeps its traceback.
     """
+    code = DONE
     try:
         code = main() or DONE
         sys.stdout.flush()
@@ -48,7 +54,6 @@ def run(main):
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:  # `script | head`: the reader has left, which is no error
-        code = DONE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, a closed folder, also of stdout
         where = f"{error.filename}: " if error.filename else ""
@@ -58,8 +63,8 @@ def run(main):
 
 
 def fail(error):
-    """Print the one line of an error; under torchrun rank 0 alone does, since all ranks meet the same one."""
-    if os.environ.get("RANK", "0") == "0" or not getattr(error, "on_every_rank", True):
+    """Print the one line of an error. Of one that all ranks meet, rank 0 alone does."""
+    if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
         text = "error: " + " ".join(str(error).split())
         print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
     return USER_ERROR
@@ -136,6 +141,11 @@ Seed = Annotated[int, Range(at_least=0, below=2**63)]
 T = TypeVar("T")
 
 
+def hints(dataclass):
+    """{name: annotation} of a dataclass, Annotated's metadata included."""
+    return typing.get_type_hints(dataclass, include_extras=True)
+
+
 def metadata(hint, kind):
     """What the annotation `hint` holds of this kind, also inside `X | None`."""
     parts = (hint, *typing.get_args(hint))
@@ -144,8 +154,7 @@ def metadata(hint, kind):
 
 def find_bad_setting(settings):
     """(name, what is wrong) of the first field of a dataclass whose value its annotation excludes, or None."""
-    hints = typing.get_type_hints(type(settings), include_extras=True)
-    for name, hint in hints.items():
+    for name, hint in hints(type(settings)).items():
         value = getattr(settings, name)
         if value is None:
             continue
@@ -228,30 +237,29 @@ def parse_error(box, argv):
 
 def help_text(args_class):
     """The script's docstring, then the settings in the groups and with the comments of the source."""
-    lines = [(inspect.getdoc(sys.modules[args_class.__module__]) or "").strip(), ""]
-    defaults = args_class.__dataclass_fields__
+    comments, groups = {}, {}
     for cls in reversed(args_class.__mro__[:-1]):
-        own = typing.get_type_hints(cls, include_extras=True)
-        lines.append("settings:" if cls is args_class else f"settings of {cls.__name__}, in {cls.__module__}.py:")
+        group = "settings"
         for line in inspect.getsource(cls).splitlines():
-            if group := re.fullmatch(r"    # (.+)", line):
-                lines += ["", f"  {group[1]}"]
+            if heading := re.fullmatch(r"    # (.+)", line):
+                group = heading[1]
             field = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
-            if field and field[1] in own and field[1] in defaults and field[1] in cls.__annotations__:
-                lines.append(setting_help(field[1], own[field[1]], defaults[field[1]], field[2] or ""))
-        lines.append("")
-    return "\n".join(lines).rstrip()
+            if field and field[1] in args_class.__dataclass_fields__:
+                comments[field[1]] = field[2] or ""
+                groups.setdefault(field[1], group)
+    lines = [(inspect.getdoc(sys.modules[args_class.__module__]) or "").strip()]
+    for group in dict.fromkeys(groups.values()):
+        lines += ["", group]
+        lines += [setting_help(args_class, name, comments[name]) for name in groups if groups[name] == group]
+    return "\n".join(lines)
 
 
-def setting_help(name, hint, field, comment):
-    import dataclasses
-
-    choices = literal_choices(hint)
+def setting_help(args_class, name, comment):
+    choices = literal_choices(hints(args_class)[name])
     flag = f"--{name}" + (f" {{{','.join(map(str, choices))}}}" if choices else "")
-    default = "" if field.default is dataclasses.MISSING or field.default is None else f" [{field.default}]"
-    if field.default == "" or field.default == ():
-        default = ""
-    return f"  {flag:30} {comment}{default}"
+    default = args_class.__dataclass_fields__[name].default
+    shown = "" if default in (None, "", ()) or default is dataclasses.MISSING else f" [{default}]"
+    return f"  {flag:32} {comment}{shown}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,6 +297,19 @@ def atomic_write(path, mode="wb"):
             os.close(folder)
 
 
+def check_writable(folder, flag):
+    """UserError when no file can be written into `folder`, which is made."""
+    probe = Path(folder) / ("probe" + TEMP_SUFFIX)
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another {flag}") from None
+
+
 @contextlib.contextmanager
 def lock(path, remedy):
     """Hold `path`, which need not exist, for this process: any other process gets a UserError that ends in `remedy`.
@@ -307,7 +328,7 @@ def lock(path, remedy):
         holder = lock_path.read_text(errors="replace") or "unknown"
         raise UserError(f"{path} is being written by process {holder}; {remedy}") from None
     except OSError as error:
-        raise UserError(f"cannot write {lock_path}: {error.strerror}; {remedy}") from None
+        raise UserError(f"cannot write {lock_path}: {error.strerror}; choose another folder") from None
     try:
         with contextlib.suppress(OSError):  # a full disk: the name is only for the message above
             lock_path.write_text(f"{os.getpid()} on {socket.gethostname()}")
@@ -394,3 +415,42 @@ def set_up_machine(device, dtype, fsdp=False, timeout_s=600):
     elif not bf16:  # under bf16 the only float32 products left are those of --router_use_full_prec: no TF32 for them
         torch.set_float32_matmul_precision("high")
     return Machine(device, torch.bfloat16 if bf16 else torch.float32, rank, world_size, fsdp)
+
+
+@contextlib.contextmanager
+def same_on_every_rank():
+    """A UserError in this block is one that every rank meets: rank 0 prints it."""
+    try:
+        yield
+    except UserError as error:
+        raise SharedError(str(error)) from None
+
+
+def together(function, machine):
+    """function() on every rank; a UserError on any of them is raised by all, with the rank that met it first."""
+    import torch.distributed as dist
+
+    result, error = None, None
+    try:
+        result = function()
+    except UserError as caught:
+        error = str(caught)
+    if machine.world_size > 1:
+        errors = [None] * machine.world_size
+        dist.all_gather_object(errors, error)
+        rank, error = next(((rank, error) for rank, error in enumerate(errors) if error), (0, None))
+        error = f"rank {rank}: {error}" if rank else error
+    if error:
+        raise SharedError(error)
+    return result
+
+
+def from_rank_0(value, machine):
+    """Rank 0's `value` on every rank; any value that can be pickled."""
+    import torch.distributed as dist
+
+    if machine.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

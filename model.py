@@ -164,9 +164,13 @@ class GPTConfig:
     def is_moe_layer(self, layer: int) -> bool:
         return self.n_exp > 1 and layer % self.stride == 0
 
+    @staticmethod
+    def moe_fields():
+        """The settings that have no effect in a dense model: those after n_exp."""
+        return MODEL_FIELDS[MODEL_FIELDS.index("n_exp") + 1 :]
+
 
 MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(GPTConfig))
-MOE_FIELDS = MODEL_FIELDS[MODEL_FIELDS.index("n_exp") + 1 :]  # those that have no effect in a dense model
 
 
 class Output(NamedTuple):
