@@ -76,8 +76,7 @@ def to_plain(value, copy=False, seen=None):
 def save(state, path):
     """Write the dict `state` to `path`, whole or not at all. OSError when the disk is full or the folder read-only."""
     state = to_plain({"format": FORMAT, **state})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_write(path) as f:
             torch.save(state, f)
@@ -174,7 +173,6 @@ def load(path, needs=(), mmap=False):
     UserError, naming the file, for any other file. mmap: tensors are read from the file when used, for readers of the
     weights alone; the file must then stay in place.
     """
-    path = Path(path)
     try:
         open(path, "rb").close()
     except OSError as error:
@@ -257,8 +255,8 @@ def get_state(model, optimizer):
 def set_state(model, optimizer, state, source):
     """Load `state`, as get_state() returned it, into a new model and optimizer. Every rank calls it.
 
-    Rank 0's state counts; other ranks may pass None. The optimizer keeps its own settings (weight decay, betas, lr).
-    UserError on every rank, naming `source` and the first misfit.
+    Rank 0's state counts; other ranks may pass None. The optimizer keeps its own settings (weight decay, betas, lr); on
+    the CPU it takes over the tensors of `state`. UserError on every rank, naming `source` and the first misfit.
     """
     from torch.distributed.checkpoint import state_dict as dcp
 
@@ -341,7 +339,7 @@ def from_pretrained(source, generator=None, **overrides):
 
 def tokenizer_of(source):
     """Name of the tokenizer that belongs to the weights of `source`."""
-    return "gpt2" if gpt2_folder(source) else read_checkpoint(source, mmap=True)[1].get("tokenizer", "gpt2")
+    return "gpt2" if gpt2_folder(source) else str(read_checkpoint(source, mmap=True)[1].get("tokenizer", "gpt2"))
 
 
 def read_source(source):
@@ -349,7 +347,7 @@ def read_source(source):
     if folder := gpt2_folder(source):
         return source, gpt2_fields(folder), gpt2_weights(folder), "gpt2"
     path, state = read_checkpoint(source, ("config", "model"), mmap=True)
-    return path, state["config"], state["model"], state.get("tokenizer", "gpt2")
+    return path, state["config"], state["model"], str(state.get("tokenizer", "gpt2"))
 
 
 def open_model(checkpoint, init_from, device):
@@ -362,10 +360,8 @@ def open_model(checkpoint, init_from, device):
     name, fields, weights, tokenizer = read_source(checkpoint or init_from)
     model, tokenizer = upcycle(fields, weights, {}, name, None).to(device).eval(), get_tokenizer(tokenizer)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{name} knows {model.config.vocab_size} tokens, its tokenizer {tokenizer.name} makes "
-            f"{tokenizer.vocab_size}: train with --vocab_size {tokenizer.vocab_size} or more"
-        )
+        sizes = f"{model.config.vocab_size} tokens, its tokenizer {tokenizer.name} {tokenizer.vocab_size}"
+        raise UserError(f"{name} knows {sizes}: train with --vocab_size {tokenizer.vocab_size} or more")
     return model, tokenizer
 
 

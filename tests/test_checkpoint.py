@@ -85,7 +85,7 @@ def logits(model, idx):
 # -- files
 
 
-def test_what_is_saved_comes_back(tmp_path):
+def test_save_and_load_round_trip(tmp_path):
     state = small_state(step=12, **MOE)
     path = checkpoint.step_path(tmp_path / "deep" / "run", 12)
     checkpoint.save(state, path)
@@ -105,7 +105,7 @@ def test_tied_weights_are_stored_once(tmp_path):
 
 
 @pytest.mark.parametrize("value", [Path("a"), {1, 2}, torch.float32, GPTConfig(), torch.nn.Linear(1, 1)])
-def test_what_could_not_be_loaded_is_not_saved(tmp_path, value):
+def test_values_that_load_refuses_are_not_saved(tmp_path, value):
     with pytest.raises(TypeError, match="plain values"):
         checkpoint.save({"args": {"x": [value]}}, tmp_path / "a.pt")
     assert not list(tmp_path.iterdir())
@@ -129,7 +129,7 @@ def test_flipped_bytes_are_found(tmp_path):
             damaged[offset] ^= 1 << rng.randrange(8)
             path.write_bytes(damaged)
             try:
-                assert equal(checkpoint.load(path), good), f"the flip at {offset} went unseen"
+                assert equal(checkpoint.load(path), good), f"the flip at {offset} was not found"
             except UserError as error:
                 assert str(path) in str(error)
                 found[inside] += 1
@@ -162,7 +162,7 @@ def test_a_crafted_pickle_executes_nothing(tmp_path, as_zip):
         checkpoint.load(tmp_path / "a.pt")
     assert not marker.exists()
     torch.load(tmp_path / "a.pt", weights_only=False)
-    assert marker.exists(), "the test's own bomb is a dud"
+    assert marker.exists(), "the payload of this test does not run"
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_compressed_archive_is_refused_before_it_is_decompressed(tmp_path):
         checkpoint.load(path)
 
 
-def test_newest_is_by_number_and_ignores_what_is_half_written(tmp_path):
+def test_newest_is_by_number_and_ignores_half_written_files(tmp_path):
     assert checkpoint.newest(tmp_path) is None
     assert checkpoint.newest(tmp_path / "absent") is None
     for step in (999_999, 1_000_000, 5):
@@ -305,7 +305,7 @@ def test_the_background_saver_saves_the_state_at_the_call(tmp_path, monkeypatch)
     """A CPU model, whose state_dict shares memory with the weights that training changes in place."""
     go, real = threading.Event(), checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *args: (go.wait(600), real(*args)))
-    saver, errors = None, []
+    errors = []
     saver = checkpoint.BackgroundSaver(keep=2, on_error=errors.append)
     model = small_model()
     optimizer = adamw(model)
@@ -420,6 +420,22 @@ def test_format_1_still_loads_and_resumes(tmp_path):
     checkpoint.set_state(other, other_optimizer, checkpoint.load(tmp_path / "step_000001.pt"), "x")
     assert equal(checkpoint.get_state(model, optimizer), checkpoint.get_state(other, other_optimizer))
     assert equal(dict(checkpoint.load_model(tmp_path)[0].state_dict()), dict(model.state_dict()))
+
+
+def test_frozen_parameters_have_no_optimizer_state():
+    states = []
+    for _ in range(2):
+        model = small_model(**MOE)
+        for _, moe in model.moe_layers():
+            moe.router.w_g.weight.requires_grad_(False)
+        optimizer = adamw(model)
+        if states:
+            checkpoint.set_state(model, optimizer, states[0], "x")
+        else:
+            train_step(model, optimizer)
+        states.append(checkpoint.get_state(model, optimizer))
+    assert equal(*states)
+    assert not [name for name in states[1]["optimizer"]["state"] if "w_g" in name]
 
 
 def without(state, *path):
@@ -653,7 +669,7 @@ def test_other_architectures_are_refused(tmp_path, change, said):
         checkpoint.from_pretrained(tmp_path)
 
 
-def test_folders_that_are_none_are_named(tmp_path):
+def test_folders_without_weights_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no folder gpt3 .* or one of gpt2, gpt2-medium"):
         checkpoint.from_pretrained("gpt3")
     with pytest.raises(UserError, match=r"no checkpoint \(step_\*\.pt\) and no config\.json in the folder"):
