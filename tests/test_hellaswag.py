@@ -355,6 +355,7 @@ def what_a_rank_loads(rank):
     return outcomes
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_result_of_one(tmp_path):
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     address, outs = (tmp_path / "meeting").as_uri(), [tmp_path / f"{rank}.json" for rank in range(2)]

@@ -264,6 +264,7 @@ def samples_of_a_rank(rank):
     return texts, False
 
 
+@pytest.mark.slow
 def test_ranks_that_would_draw_otherwise_end_together(tmp_path):
     alone = [sample.generate(small_model(), PROMPT, 200, temperature=2.0, generator=seeded(s), eot=7) for s in (0, 1)]
     assert alone[0].shape != alone[1].shape, "choose seeds that end apart"
