@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import signal
 import socket
 import sys
 import typing
@@ -94,6 +95,24 @@ sys.excepthook = exit_quietly_on_interrupt
 # Idle OpenMP threads sleep instead of spinning: beside one other busy process spinning costs a factor of 4
 # (results/bench/README.md). Read when torch loads its OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class Stop:
+    """Set by SIGTERM, SIGINT or SIGHUP: the loop finishes its step, saves and ends. A second SIGINT ends at once."""
+
+    def __init__(self):
+        self.requested = False
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self)
+
+    def __call__(self, signum, frame):
+        if self.requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.requested and world()[0] == 0:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping: a checkpoint is saved first; Ctrl-C again stops without one\n")
+        self.requested = True
 
 
 def keep_freed_memory():

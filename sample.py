@@ -164,6 +164,16 @@ def generate(model, idx, max_new_tokens, *args, **kwargs):
     return torch.cat([idx.long(), *(column[:, None] for column in tokens)], dim=1)
 
 
+def continue_prompt(model, tokenizer, prompt, n, max_new_tokens, seed, machine):
+    """n texts that begin with `prompt`, for a look at a model in training; top 50 tokens, a generator of its own."""
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    idx = torch.tensor([tokenizer.encode_ordinary(prompt)] * n, dtype=torch.int64, device=machine.device)
+    with machine.autocast():
+        rows = generate(model, idx, max_new_tokens, top_k=50, generator=generator, eot=tokenizer.eot,
+                        vocab_size=tokenizer.vocab_size).tolist()  # fmt: skip
+    return [tokenizer.decode(row[: row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Printing
 
