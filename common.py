@@ -247,7 +247,7 @@ def parse_error(box, argv):
         nearest = next((line.split()[0].strip(",") for line in lines[rules[1] :] if re.match("--[a-z]", line)), None)
         if ours or nearest:
             message += f" - did you mean {f'--{ours}' if ours else nearest}?"
-        elif any(word.lower() in ("true", "false") for word in argv) or "=" in message:
+        elif any(word.lower().split("=")[-1] in ("true", "false") for word in argv):
             message += " - switches are --flag and --no_flag, without a value"
     return f"{message} (see {os.path.basename(sys.argv[0])} --help)"
 
