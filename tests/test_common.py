@@ -52,7 +52,8 @@ def test_help_has_the_docstring_and_each_setting_once_in_its_group():
 
 @pytest.mark.parametrize("words, said", [
     (["--n_layer", "0"], "--n_layer must be at least 1, not 0"), (["--rate", "nan"], "--rate"),
-    (["--rate", "1"], "--rate must be at least 0 and below 1"), (["--max_lr", "inf"], "--max_lr must be at least 0, finite, not inf"),
+    (["--max_lr", "inf"], "--max_lr must be at least 0, finite, not inf"),
+    (["--rate", "1"], "--rate must be at least 0 and below 1"),
     (["--learning_rate", "1"], "did you mean --max_lr?"), (["--use_noise", "true"], "--flag and --no_flag"),
     (["--use_noise=False"], "--flag and --no_flag"),
 ])  # fmt: skip
