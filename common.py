@@ -6,12 +6,14 @@ torch itself is imported where it is used, so that scripts without a model start
 
 import contextlib
 import ctypes
+import dataclasses
 import inspect
 import io
 import math
 import os
 import platform
 import re
+import signal
 import socket
 import sys
 import typing
@@ -35,11 +37,16 @@ class UserError(Exception):
     """A mistake the user can fix. The message is one line: what is wrong, and the command or flag that fixes it."""
 
 
+class SharedError(UserError):
+    """A UserError that every rank raises."""
+
+
 def run(main):
     """Call `main()` and exit with the code it returns, or as the table above says for UserError, OSError and Ctrl-C.
 
     Any other exception is a bug and keeps its traceback.
     """
+    code = DONE
     try:
         code = main() or DONE
         sys.stdout.flush()
@@ -48,7 +55,6 @@ def run(main):
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:  # `script | head`: the reader has left, which is no error
-        code = DONE
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, a closed folder, also of stdout
         where = f"{error.filename}: " if error.filename else ""
@@ -58,8 +64,8 @@ def run(main):
 
 
 def fail(error):
-    """Print the one line of an error; under torchrun rank 0 alone does, since all ranks meet the same one."""
-    if os.environ.get("RANK", "0") == "0" or not getattr(error, "on_every_rank", True):
+    """Print the one line of an error. Of one that all ranks meet, rank 0 alone does."""
+    if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
         text = "error: " + " ".join(str(error).split())
         print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
     return USER_ERROR
@@ -89,6 +95,24 @@ sys.excepthook = exit_quietly_on_interrupt
 # Idle OpenMP threads sleep instead of spinning: beside one other busy process spinning costs a factor of 4
 # (results/bench/README.md). Read when torch loads its OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class Stop:
+    """Set by SIGTERM, SIGINT or SIGHUP: the loop finishes its step, saves and ends. A second SIGINT ends at once."""
+
+    def __init__(self):
+        self.requested = False
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self)
+
+    def __call__(self, signum, frame):
+        if self.requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.requested and world()[0] == 0:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping: a checkpoint is saved first; Ctrl-C again stops without one\n")
+        self.requested = True
 
 
 def keep_freed_memory():
@@ -132,48 +156,50 @@ NotNegative = Annotated[int, Range(at_least=0)]
 Rate = Annotated[float, Range(at_least=0, below=math.inf)]
 Fraction = Annotated[float, Range(at_least=0, below=1)]
 AboveZero = Annotated[float, Range(above=0)]  # inf is allowed
+FiniteAboveZero = Annotated[float, Range(above=0, below=math.inf)]
 Seed = Annotated[int, Range(at_least=0, below=2**63)]
 T = TypeVar("T")
 
 
+def hints(dataclass):
+    """{name: annotation} of a dataclass, Annotated's metadata included."""
+    return typing.get_type_hints(dataclass, include_extras=True)
+
+
+def parts(hint):
+    """An annotation and everything inside it: of Annotated[int | None, ...] also int and None."""
+    yield hint
+    if typing.get_origin(hint) is not typing.Literal:
+        for inner in typing.get_args(hint):
+            yield from parts(inner)
+
+
 def metadata(hint, kind):
-    """What the annotation `hint` holds of this kind, also inside `X | None`."""
-    parts = (hint, *typing.get_args(hint))
-    return [item for part in parts for item in getattr(part, "__metadata__", ()) if isinstance(item, kind)]
+    """What the annotation `hint` holds of this kind."""
+    return [item for part in parts(hint) for item in getattr(part, "__metadata__", ()) if isinstance(item, kind)]
+
+
+def literal_choices(hint):
+    """The values of a Literal in the annotation; () where there is none."""
+    return next((typing.get_args(part) for part in parts(hint) if typing.get_origin(part) is typing.Literal), ())
 
 
 def find_bad_setting(settings):
     """(name, what is wrong) of the first field of a dataclass whose value its annotation excludes, or None."""
-    hints = typing.get_type_hints(type(settings), include_extras=True)
-    for name, hint in hints.items():
+    for name, hint in hints(type(settings)).items():
         value = getattr(settings, name)
         if value is None:
             continue
         choices = literal_choices(hint)
         if choices and value not in choices:
             return name, f"must be one of {', '.join(choices)}, not {value!r}"
-        kinds = {kind for kind in (int, float, bool, str) if is_kind(hint, kind)}
+        kinds = {kind for kind in (int, float, bool, str) if kind in parts(hint)}
         if kinds and type(value) not in kinds | ({int} if float in kinds else set()):
             return name, f"must be {' or '.join(sorted(kind.__name__ for kind in kinds))}, not {value!r}"
         for limits in metadata(hint, Range):
             if not limits.holds(value):
                 return name, f"must be {limits}, not {value}"
     return None
-
-
-def literal_choices(hint):
-    """The values of a Literal, also inside Annotated or beside None; () for any other annotation."""
-    parts = (hint, *typing.get_args(hint))
-    return next((typing.get_args(part) for part in parts if typing.get_origin(part) is typing.Literal), ())
-
-
-def is_kind(hint, kind):
-    """Whether the annotation is `kind`, or that in Annotated or beside None."""
-    if hint is kind or getattr(hint, "__origin__", None) is kind:
-        return True
-    return typing.get_origin(hint) in (typing.Union, type(int | None)) and any(
-        is_kind(part, kind) for part in typing.get_args(hint)
-    )
 
 
 def check_settings(settings):
@@ -221,37 +247,36 @@ def parse_error(box, argv):
         nearest = next((line.split()[0].strip(",") for line in lines[rules[1] :] if re.match("--[a-z]", line)), None)
         if ours or nearest:
             message += f" - did you mean {f'--{ours}' if ours else nearest}?"
-        elif any(word.lower() in ("true", "false") for word in argv) or "=" in message:
+        elif any(word.lower().split("=")[-1] in ("true", "false") for word in argv):
             message += " - switches are --flag and --no_flag, without a value"
     return f"{message} (see {os.path.basename(sys.argv[0])} --help)"
 
 
 def help_text(args_class):
     """The script's docstring, then the settings in the groups and with the comments of the source."""
-    lines = [(inspect.getdoc(sys.modules[args_class.__module__]) or "").strip(), ""]
-    defaults = args_class.__dataclass_fields__
+    comments, groups = {}, {}
     for cls in reversed(args_class.__mro__[:-1]):
-        own = typing.get_type_hints(cls, include_extras=True)
-        lines.append("settings:" if cls is args_class else f"settings of {cls.__name__}, in {cls.__module__}.py:")
+        group = "settings"
         for line in inspect.getsource(cls).splitlines():
-            if group := re.fullmatch(r"    # (.+)", line):
-                lines += ["", f"  {group[1]}"]
+            if heading := re.fullmatch(r"    # (.+)", line):
+                group = heading[1]
             field = re.match(r"    (\w+): .*?(?:  # (.*))?$", line)
-            if field and field[1] in own and field[1] in defaults and field[1] in cls.__annotations__:
-                lines.append(setting_help(field[1], own[field[1]], defaults[field[1]], field[2] or ""))
-        lines.append("")
-    return "\n".join(lines).rstrip()
+            if field and field[1] in args_class.__dataclass_fields__:
+                comments[field[1]] = field[2] or ""
+                groups.setdefault(field[1], group)
+    lines = [(inspect.getdoc(sys.modules[args_class.__module__]) or "").strip()]
+    for group in dict.fromkeys(groups.values()):
+        lines += ["", group]
+        lines += [setting_help(args_class, name, comments[name]) for name in groups if groups[name] == group]
+    return "\n".join(lines)
 
 
-def setting_help(name, hint, field, comment):
-    import dataclasses
-
-    choices = literal_choices(hint)
+def setting_help(args_class, name, comment):
+    choices = literal_choices(hints(args_class)[name])
     flag = f"--{name}" + (f" {{{','.join(map(str, choices))}}}" if choices else "")
-    default = "" if field.default is dataclasses.MISSING or field.default is None else f" [{field.default}]"
-    if field.default == "" or field.default == ():
-        default = ""
-    return f"  {flag:30} {comment}{default}"
+    default = args_class.__dataclass_fields__[name].default
+    shown = "" if default in (None, "", ()) or default is dataclasses.MISSING else f" [{default}]"
+    return f"  {flag:32} {comment}{shown}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,6 +314,19 @@ def atomic_write(path, mode="wb"):
             os.close(folder)
 
 
+def check_writable(folder, flag):
+    """UserError when no file can be written into `folder`, which is made."""
+    probe = Path(folder) / ("probe" + TEMP_SUFFIX)
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+        raise UserError(f"cannot write to {folder}: {error.strerror}; choose another {flag}") from None
+
+
 @contextlib.contextmanager
 def lock(path, remedy):
     """Hold `path`, which need not exist, for this process: any other process gets a UserError that ends in `remedy`.
@@ -307,7 +345,7 @@ def lock(path, remedy):
         holder = lock_path.read_text(errors="replace") or "unknown"
         raise UserError(f"{path} is being written by process {holder}; {remedy}") from None
     except OSError as error:
-        raise UserError(f"cannot write {lock_path}: {error.strerror}; {remedy}") from None
+        raise UserError(f"cannot write {lock_path}: {error.strerror}; choose another folder") from None
     try:
         with contextlib.suppress(OSError):  # a full disk: the name is only for the message above
             lock_path.write_text(f"{os.getpid()} on {socket.gethostname()}")
@@ -394,3 +432,42 @@ def set_up_machine(device, dtype, fsdp=False, timeout_s=600):
     elif not bf16:  # under bf16 the only float32 products left are those of --router_use_full_prec: no TF32 for them
         torch.set_float32_matmul_precision("high")
     return Machine(device, torch.bfloat16 if bf16 else torch.float32, rank, world_size, fsdp)
+
+
+@contextlib.contextmanager
+def same_on_every_rank():
+    """A UserError in this block is one that every rank meets: rank 0 prints it."""
+    try:
+        yield
+    except UserError as error:
+        raise SharedError(str(error)) from None
+
+
+def together(function, machine):
+    """function() on every rank; a UserError on any of them is raised by all, with the rank that met it first."""
+    import torch.distributed as dist
+
+    result, error = None, None
+    try:
+        result = function()
+    except UserError as caught:
+        error = str(caught)
+    if machine.world_size > 1:
+        errors = [None] * machine.world_size
+        dist.all_gather_object(errors, error)
+        rank, error = next(((rank, error) for rank, error in enumerate(errors) if error), (0, None))
+        error = f"rank {rank}: {error}" if rank else error
+    if error:
+        raise SharedError(error)
+    return result
+
+
+def from_rank_0(value, machine):
+    """Rank 0's `value` on every rank; any value that can be pickled."""
+    import torch.distributed as dist
+
+    if machine.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

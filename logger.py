@@ -1,38 +1,211 @@
-"""What a run says: the terminal, its log file, Weights & Biases, and the facts beside the log.
+"""What a run writes: its log file, the facts beside it, the terminal, Weights & Biases.
 
-Only rank 0 says anything; on other ranks all of this does nothing.
+Rank 0 alone writes; on other ranks all of this does nothing. runlog.py has the format of the log and reads it.
 """
 
 import contextlib
 import dataclasses
 import json
+import math
+import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+import identity
 import runlog
-from common import atomic_write
+from common import UserError, atomic_write
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log file
+
+
+class LogFull(UserError):
+    """The log can no longer be written; the trainer saves a checkpoint, then ends with this error."""
+
+
+class RunLog:
+    """Appends to a log; every `write` reaches the operating system before it returns, so kill -9 loses no line."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for as long as the run lasts
+        except OSError as error:
+            raise UserError(f"cannot write the log {path}: {error.strerror}; choose another --logs_dir") from None
+
+    def write(self, step, streams):
+        """One line per stream; LogFull, with no half line left behind, where the disk is full."""
+        form = runlog.FORMATS
+        lines = [f"{step} {name} {float(x):{form.get(name, runlog.OTHER_FORMAT)}}\n" for name, x in streams.items()]
+        data, end = "".join(lines).encode(), self.file.seek(0, os.SEEK_END)
+        try:
+            if self.file.write(data) != len(data):
+                raise OSError(28, "No space left on device")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.truncate(end)
+            raise LogFull(
+                f"cannot write the log {self.path}: {error.strerror}; free space, then --resume auto"
+            ) from None
+
+    def sync(self):
+        """On disk, not only in the system's cache: a checkpoint must never be newer than the log that it continues."""
+        with contextlib.suppress(OSError):
+            os.fsync(self.file.fileno())
+
+    def close(self):
+        self.file.close()
+
+
+def truncate(path, step):
+    """Keep the whole lines of steps below `step`: a run resumed at `step` writes the others again.
+
+    A line cut short by a kill is dropped, and so is whatever a power cut left after the last sync.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    with open(path, "rb") as f, atomic_write(path) as out:
+        for line in f:
+            fields = line.split()
+            if line.endswith(b"\n") and len(fields) == 3 and fields[0].isdigit() and int(fields[0]) < step:
+                out.write(line)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The facts beside the log
+
+
+def git_commit():
+    """Commit of the code, with -dirty when it differs from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def processor_name():
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return platform.processor() or platform.machine()
+
+
+def describe_machine(device):
+    """Facts that a measured number depends on."""
+    on_cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_cuda else f"{device} ({processor_name()})",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "commit": git_commit(),
+    }
+
+
+def describe_run(args, settings, model, machine):
+    """The JSON beside the log: it can be audited alone."""
+    return {
+        "identity": identity.identity(settings),
+        "settings": settings,
+        "changes": [],  # made on resume: {"step": the first with the new values, "settings": {name: value}}
+        "args": dataclasses.asdict(args),
+        "config": dataclasses.asdict(model.config),
+        "params_total": model.num_params(),
+        "params_active": model.num_active_params(),
+        "flops_per_token": model.estimate_flops_per_token(args.T),
+        "tokens_per_step": args.total_batch_size,
+        "dtype": str(machine.dtype).removeprefix("torch."),
+        "world_size": machine.world_size,
+        **describe_machine(machine.device),
+    }
+
+
+def count_params(config):
+    """Parameters of a GPT of this config, without building it."""
+    D, H, L, E = config.n_embd, config.hidden, config.n_layer, config.n_exp
+    bias = int(config.bias)
+    mlp = 2 * D * H + bias * (H + D)
+    moe = E * mlp + D * E * (1 + config.use_noisy_top_k)
+    if config.n_shared_exp:
+        moe += config.n_shared_exp * (2 * D * H + bias * H) + bias * D
+    n_moe = math.ceil(L / config.stride) if E > 1 else 0
+    attention_and_norms = 4 * D * D + bias * 4 * D + 2 * D * (1 + bias)
+    embeddings = (config.vocab_size + config.block_size) * D
+    return embeddings + L * attention_and_norms + n_moe * moe + (L - n_moe) * mlp + D * (1 + bias)
+
+
+def needed_bytes(args, config, machine):
+    """{part: bytes} that training needs at least: activations count the tensors that backward surely needs."""
+    width = 2 if machine.dtype == torch.bfloat16 else 4
+    share = machine.world_size if args.fsdp else 1
+    params = 4 * count_params(config) // share
+    active = config.top_k + config.n_shared_exp if config.n_exp > 1 else 1
+    n_moe = math.ceil(config.n_layer / config.stride) if config.n_exp > 1 else 0
+    per_token = config.n_layer * 8 * config.n_embd + 2 * config.hidden * (config.n_layer - n_moe + n_moe * active)
+    return {
+        "parameters": params,
+        "gradients": params,
+        "optimizer": 0 if args.optimizer == "adafactor" else 2 * params,
+        "activations": width * args.B * args.T * per_token,
+    }
+
+
+def free_bytes(device):
+    """Memory free on the device, None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    return None
+
+
+def check_memory(args, config, machine):
+    """UserError, with the numbers, where the run cannot fit into the memory that is free."""
+    needed, free = needed_bytes(args, config, machine), free_bytes(machine.device)
+    if free is not None and sum(needed.values()) > free:
+        parts = ", ".join(f"{part} {size / 1e9:,.1f}" for part, size in needed.items())
+        remedy = "lower --B, or choose a smaller model, or --optimizer adafactor"
+        needs = f"the run needs at least {sum(needed.values()) / 1e9:,.1f} GB ({parts})"
+        raise UserError(f"{needs}, {free / 1e9:,.1f} GB are free: {remedy}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The terminal
 
 
 class Console:
-    """Rank 0's terminal: a bar with step, loss, tokens/s and time left, or a line a step where the output is a file."""
+    """Rank 0's terminal: a bar with loss, tokens/s and time left, or a line per step where the output is a file."""
 
     def __init__(self, args, machine):
         self.silent = not machine.is_main
         self.as_bar = args.progress == "bar" or (args.progress == "auto" and sys.stderr.isatty())
         self.max_steps, self.bar = args.max_steps, None
+        self.lost = False  # nobody reads any more: `| head`, a closed terminal, a full disk
 
     def say(self, text):
-        if not self.silent:
+        if self.silent or self.lost:
+            return
+        try:
             tqdm.write(str(text)) if self.bar is not None else print(text, flush=True)
+        except OSError:
+            self.lost = True
 
     def start(self, step):
         if self.as_bar and not self.silent:
             self.bar = tqdm(total=self.max_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def bar_over(self, items, name):
+        """`items`, with a bar of their own where they take longer than a second."""
+        return tqdm(items, desc=name, unit="batch", delay=1, leave=False, disable=self.silent or not self.as_bar)
 
     def step(self, step, result, lr, seconds, tok_per_sec):
         if self.bar is not None:
@@ -44,34 +217,97 @@ class Console:
                 f"dt {seconds * 1e3:.2f} ms | tok/s {tok_per_sec:,.0f}"
             )
 
+    def warn_of_disk(self, error):
+        self.say(
+            f"warning: a checkpoint could not be written ({error}); training continues, older checkpoints are kept"
+        )
+
     def close(self):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
 
-class Log:
-    """Rank 0's log file, and Weights & Biases beside it when asked. On other ranks it does nothing."""
+def duration(seconds):
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{seconds:,.0f} seconds" if seconds >= 1 else f"{1e3 * seconds:,.0f} ms"
 
-    def __init__(self, args, machine, path, start, about):
-        self.file = self.wandb = None
+
+def matmul_rate():
+    """FLOP/s of float32 products on this CPU, from a tenth of a second of them."""
+    a, n, began = torch.ones(512, 512), 0, time.perf_counter()
+    while time.perf_counter() - began < 0.1:
+        a @ a
+        n += 1
+    return n * 2 * 512**3 / (time.perf_counter() - began)
+
+
+def notes(args):
+    """Settings that are allowed and surely not meant."""
+    if args.warmup_steps >= args.max_steps:
+        yield f"--warmup_steps {args.warmup_steps} is not below --max_steps {args.max_steps}: --max_lr is never reached"
+    if args.n_exp == 1:
+        given = [f"--{name}" for name in args.moe_fields() if getattr(args, name) != identity.PUBLISHED[name]]
+        if given:
+            yield f"{', '.join(given)}: no effect on a dense model (--n_exp 1)"
+
+
+def print_header(run):
+    """What is about to run, on what, and on a CPU about how long it will take."""
+    args, record, say, console = run.args, run.record, run.console.say, run.console
+    say(f"{args.name}, seed {args.seed}: {record['params_total']:,} parameters, {record['params_active']:,} active")
+    shape = f"{args.total_batch_size // (args.B * args.T)} micro-batches of {args.B} x {args.T}"
+    say(f"{args.max_steps:,} steps of {args.total_batch_size:,} tokens ({shape})")
+    say(f"data: {run.loader.describe()}")
+    say(f"{record['device']}, {record['dtype']}, {record['world_size']} process(es), torch {record['torch']}")
+    if run.machine.device.type == "cpu" and not console.silent:
+        seconds = record["flops_per_token"] * args.total_batch_size / matmul_rate()
+        left = seconds * (args.max_steps - run.progress.step)
+        if left > 60:
+            say(f"on this CPU at least {duration(seconds)} per step, {duration(left)} in all")
+    for note in notes(args):
+        say(f"note: {note}")
+    say(f"log: {run.log.path}; checkpoints: {run.folder if args.save_checkpoint else 'none'}")
+    if run.progress.step >= args.max_steps:
+        say(f"this run is finished ({run.progress.step} of {args.max_steps} steps): a higher --max_steps continues it")
+    console.start(run.progress.step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it together
+
+
+class Log:
+    """Rank 0's log file, the JSON beside it, and Weights & Biases when asked for."""
+
+    def __init__(self, args, machine, path, record, progress):
+        self.file = self.wandb = self.error = None
+        self.path, self.unlogged = path, progress.unlogged
         if not machine.is_main:
             return
-        runlog.truncate(path, start)
-        self.file = runlog.RunLog(path)
-        with atomic_write(path.with_suffix(".json"), "w") as f:
-            json.dump(about, f, indent=1)
         if args.wandb:
-            import wandb  # here: seconds to import, and few runs want it
-
-            names = {"project": args.wandb_project, "name": path.stem, "id": path.stem}
-            self.wandb = wandb.init(**names, config=about, resume="allow")
+            self.wandb = start_wandb(args, path.stem, record)
+        truncate(path, progress.step)
+        self.file = RunLog(path)
+        if progress.step < args.max_steps or not path.with_suffix(".json").exists():
+            with atomic_write(path.with_suffix(".json"), "w") as f:
+                json.dump(record, f, indent=1)
+        for step in sorted(self.unlogged):
+            self.file.write(step, self.unlogged.pop(step))
 
     def write(self, step, streams):
-        if self.file:
-            self.file.write(step, streams)
+        """A full disk is kept in `error`, and the lines for the next checkpoint: the run that continues writes them."""
         if self.wandb:
             self.wandb.log(streams, step=step)
+        try:
+            if self.file and not self.error:
+                self.file.write(step, streams)
+        except LogFull as error:
+            self.error = error
+        if self.error:
+            self.unlogged.setdefault(step, {}).update(streams)
 
     def sync(self):
         if self.file:
@@ -84,37 +320,66 @@ class Log:
             self.wandb.finish()
 
 
-def git_commit():
-    """Commit of the code, with -dirty when it differs from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+def start_wandb(args, name, record):
+    import wandb  # here: seconds to import, and few runs want it
+
+    try:
+        settings = wandb.Settings(init_timeout=30)
+        return wandb.init(
+            project=args.wandb_project, name=name, id=name, config=record, resume="allow", settings=settings
+        )
+    except Exception as error:  # a kind of its own for no login, no network, a bad project name
+        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = "run `wandb login`, or set WANDB_MODE=offline, or leave out --wandb"
+        raise UserError(f"--wandb: {what}: {remedy}") from None
 
 
-def describe_run(args, model, machine):
-    """What makes the log auditable alone: settings, sizes, versions, device, commit."""
-    on_cuda = machine.device.type == "cuda"
-    return {
-        "args": dataclasses.asdict(args),
-        "config": dataclasses.asdict(model.config),
-        "params_total": model.num_params(),
-        "params_active": model.num_active_params(),
-        "flops_per_token": model.estimate_flops_per_token(args.T),
-        "tokens_per_step": args.total_batch_size,
-        "device": torch.cuda.get_device_name(machine.device) if on_cuda else f"{machine.device} ({platform.machine()})",
-        "dtype": str(machine.dtype).removeprefix("torch."),
-        "world_size": machine.world_size,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": git_commit(),
-    }
+def record_step(run, result, lr, seconds):
+    """Bring Progress up to date, write the log lines of the step, show it."""
+    args, progress, step = run.args, run.progress, run.progress.step
+    tok_per_sec = args.total_batch_size / seconds
+    progress.hours += seconds / 3600
+    streams = step_streams(args, step, result, progress, lr) | {"tok_per_sec": tok_per_sec, "hours": progress.hours}
+    progress.skipped += not result.applied
+    progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1
+    if math.isfinite(result.ce_loss):
+        progress.history = [*progress.history, result.ce_loss][-runlog.SPIKE_WINDOW :]
+    progress.step = step + 1
+    run.log.write(step, streams)
+    run.console.step(step, result, lr, seconds, tok_per_sec)
+    run.stop.requested |= run.console.lost
 
 
-def print_header(args, about, data, log_path, say):
-    say(f"{args.name}, seed {args.seed}: {about['params_total']:,} parameters, {about['params_active']:,} active")
-    shape = f"{args.total_batch_size // (args.B * args.T)} micro-batches of {args.B} x {args.T}"
-    say(f"{args.max_steps:,} steps of {args.total_batch_size:,} tokens ({shape})")
-    say(f"data: {data}")
-    say(f"{about['device']}, {about['dtype']}, {about['world_size']} process(es), torch {about['torch']}")
-    say(f"log: {log_path}")
+def step_streams(args, step, result, progress, lr):
+    """{stream: value} of one step, the clock apart."""
+    streams = {"train": result.ce_loss, **result.losses, "lr": lr, "grad_norm": result.grad_norm}
+    router = result.router
+    if router:
+        for stream, name in (("max_vio", "max_vio"), ("drop_frac", "drop_frac"), ("router_entropy", "entropy")):
+            streams[stream] = sum(layer[name] for layer in router) / len(router)  # mean over the MoE layers
+        streams["router_logit"] = max(layer["max_logit"] for layer in router)
+        every = args.val_loss_every
+        if every > 0 and (step % every == 0 or step == args.max_steps - 1):
+            streams |= {f"load_{layer['layer']}_{e}": load for layer in router for e, load in enumerate(layer["load"])}
+    if runlog.is_spike(progress.history, result.ce_loss):
+        streams["spike"] = 1
+    if not result.applied:
+        streams["skipped"] = progress.skipped + 1
+    return streams
+
+
+def report_divergence(run, result, position):
+    """Say so in the log, and leave beside it what is needed to replay the step. The last checkpoint stays as it is."""
+    step, loss = run.progress.step, result.ce_loss
+    run.log.write(step, {"train": loss, "grad_norm": result.grad_norm, "diverged": 1})
+    run.console.say(f"diverged at step {step}: loss {loss}, gradient norm {result.grad_norm}")
+    if not run.machine.is_main:
+        return
+    run.saver.wait()
+    if run.folder.is_dir() and any(run.folder.glob("step_*")):
+        remedy = "--resume auto --on_nonfinite skip drops such steps; a lower --max_lr needs --resume PATH and --run_id"
+        run.console.say(f"the last checkpoint is kept in {run.folder}: {remedy}")
+    else:
+        run.console.say("there is no checkpoint: lower --max_lr, or raise --warmup_steps")
+    with atomic_write(run.log.path.with_suffix(".diverged.json"), "w") as f:
+        json.dump({"step": step, "loader": position, "loss": str(loss)}, f)

@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import AboveZero, Fraction, NotNegative, Positive, Rate, find_bad_setting
+from common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, find_bad_setting
 from kernels import (
     Combine,
     Dispatch,
@@ -136,7 +136,7 @@ class GPTConfig:
     use_router_z_loss: bool = False  # Penalty on large router logits
     use_switch_tfm_init: bool = False  # MoE layers drawn from a truncated normal, std sqrt(scale / fan in)
     router_use_full_prec: bool = False  # Router in float32 under autocast
-    switch_tfm_init_scale: AboveZero = 1.0  # Scale of that initialisation; the paper recommends 0.1
+    switch_tfm_init_scale: FiniteAboveZero = 1.0  # Scale of that initialisation; the paper recommends 0.1
     gate: Literal[tuple(GATES)] = "topk_softmax"  # Weights of the chosen experts
     use_bias_balance: bool = False  # Balance by a bias on the selection, without a loss
     bias_balance_rate: Rate = 0.001  # Change of the selection bias per step
@@ -164,9 +164,13 @@ class GPTConfig:
     def is_moe_layer(self, layer: int) -> bool:
         return self.n_exp > 1 and layer % self.stride == 0
 
+    @staticmethod
+    def moe_fields():
+        """The settings that have no effect in a dense model: those after n_exp."""
+        return MODEL_FIELDS[MODEL_FIELDS.index("n_exp") + 1 :]
+
 
 MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(GPTConfig))
-MOE_FIELDS = MODEL_FIELDS[MODEL_FIELDS.index("n_exp") + 1 :]  # those that have no effect in a dense model
 
 
 class Output(NamedTuple):

@@ -1,4 +1,4 @@
-"""The log of a run: one writer, one reader, and what is computed from many of them.
+"""The log of a run: names and identity, the one reader, and statistics over many runs (logger.py writes).
 
     python runlog.py logs/log_*.txt                                    # a table, one row per variant
     python runlog.py logs/log_*.txt --at_step 25250                    # the same at one step
@@ -16,10 +16,7 @@ s updates (`val`, `hella`, `load_{layer}_{expert}`) or of the update numbered s 
 Beside a log lies `{stem}.json` with the settings, versions and FLOPs per token of the run.
 """
 
-import json
 import math
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +26,7 @@ import tyro
 
 import common
 from common import UserError, atomic_write
+from identity import parse_stem, read_record, run_stem
 
 FORMATS = {"train": ".6f", "val": ".6f", "hella": ".4f"}  # as published; val has two digits more
 OTHER_FORMAT = ".7g"  # a float32 to its last useful digit
@@ -50,77 +48,17 @@ UNFINISHED = 0.9  # a run that stopped before this part of its variant's longest
 
 
 def log_path(logs_dir, name, run_id, seed):
-    """The path of a run's log. Raises UserError for a run_id that could not be told from the name again."""
-    if not re.fullmatch(r"[A-Za-z0-9.+-]+", str(run_id)):
-        raise UserError(f"run_id {run_id!r} may hold only letters, digits and . + - (no underscore): change --run_id")
-    return Path(logs_dir) / f"log_{name}_{run_id}_seed_{seed}.txt"
+    """The path of a run's log."""
+    return Path(logs_dir) / f"log_{run_stem(name, run_id, seed)}.txt"
 
 
 def parse_path(path):
     """(name, run_id, seed) of a log or of its thinned CSV; the inverse of `log_path`."""
-    match = re.fullmatch(r"log_(.+)_([^_]+)_seed_(\d+)\.(txt|csv)", Path(path).name)
-    if not match:
-        raise UserError(f"{path} is not named like a log: log_<name>_<run_id>_seed_<seed>.txt")
-    return match[1], match[2], int(match[3])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-class RunLog:
-    """Appends to a log; every `write` reaches the operating system before it returns, so kill -9 loses no line.
-
-    with RunLog(path) as log:
-        log.write(step, train=loss, lr=lr)
-        log.write(step, {"load_0_1": 0.125})
-    """
-
-    def __init__(self, path):
-        self.path = Path(path)
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "ab")  # noqa: SIM115 - open for as long as the run lasts
-        except OSError as error:
-            raise UserError(f"cannot write the log {path}: {error.strerror}; choose another --logs_dir") from None
-
-    def write(self, step, streams=None, /, **more):
-        pairs = {**(streams or {}), **more}.items()
-        text = "".join(f"{step} {name} {float(value):{FORMATS.get(name, OTHER_FORMAT)}}\n" for name, value in pairs)
-        try:
-            self.file.write(text.encode())
-            self.file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write the log {self.path}: {error.strerror}") from None
-
-    def sync(self):
-        """On disk, not only in the system's cache: a checkpoint must never be newer than the log it continues."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def close(self):
-        self.file.close()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-
-def truncate(path, step):
-    """Keep the whole lines of steps below `step`: a run resumed at `step` writes the others again.
-
-    A line cut short by a kill is dropped, and so is what a power cut left after the last sync.
-    """
     path = Path(path)
-    if not path.exists():
-        return
-    with open(path, "rb") as f, atomic_write(path) as out:
-        for line in f:
-            fields = line.split()
-            if line.endswith(b"\n") and len(fields) == 3 and fields[0].isdigit() and int(fields[0]) < step:
-                out.write(line)
+    parts = parse_stem(path.stem.removeprefix("log_"))
+    if not parts or not path.name.startswith("log_") or path.suffix not in (".txt", ".csv"):
+        raise UserError(f"{path} is not named like a log: log_<name>_<run_id>_seed_<seed>.txt")
+    return parts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,9 +114,7 @@ class Run(NamedTuple):
 
 def load_run(path):
     path = Path(path)
-    beside = path.with_suffix(".json")
-    meta = json.loads(beside.read_text()) if beside.exists() else {}
-    return Run(*parse_path(path), read(path), meta, path)
+    return Run(*parse_path(path), read(path), read_record(path), path)
 
 
 def load_runs(folder):
