@@ -47,6 +47,9 @@ def run(main):
     Any other exception is a bug and keeps its traceback.
     """
     code = DONE
+    for stream in (sys.stdout, sys.stderr):  # names of files and texts that the terminal cannot encode
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or DONE
         sys.stdout.flush()
@@ -66,8 +69,7 @@ def run(main):
 def fail(error):
     """Print the one line of an error. Of one that all ranks meet, rank 0 alone does."""
     if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
-        text = "error: " + " ".join(str(error).split())
-        print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return USER_ERROR
 
 
@@ -167,9 +169,9 @@ def hints(dataclass):
 
 
 def parts(hint):
-    """An annotation and everything inside it: of Annotated[int | None, ...] also int and None."""
+    """An annotation and the alternatives inside it: of Annotated[int | None, ...] also int and None."""
     yield hint
-    if typing.get_origin(hint) is not typing.Literal:
+    if typing.get_origin(hint) not in (typing.Literal, tuple):
         for inner in typing.get_args(hint):
             yield from parts(inner)
 

@@ -90,13 +90,7 @@ def main():
                 fetch_pretokenized(args, out, meta)
             else:
                 write_shards(args, out, meta, batches)
-    show(f"{out}{state}: {summary(meta)}\ntrain with: {train_command(out, meta)}")
-
-
-def show(text):
-    """Print `text`; a character that stdout cannot encode (a folder whose name is not UTF-8) is escaped."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    print(f"{out}{state}: {summary(meta)}\ntrain with: {train_command(out, meta)}")
 
 
 def train_command(out, meta):
