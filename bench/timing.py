@@ -3,23 +3,20 @@
 `args` is the Args of `python -m bench`. A stamp is a moment: a float on the CPU, an event in the stream on CUDA.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import os
-import platform
 import statistics
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from common import atomic_write
-from logger import git_commit
+from logger import describe_machine
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Time and memory
@@ -133,8 +130,9 @@ def write_result(args, dtype, rows, samples, targets):
     for target in targets:
         verdict = "met" if target.met() else "missed"
         print(f"target  {target.name}: {target.value:.3g} {target.relation} {target.limit:.3g}  {verdict}")
+    machine = describe_machine(args.device) | {"load_average": os.getloadavg() if hasattr(os, "getloadavg") else None}
     result = {
-        "bench": args.bench, "dtype": dtype, "machine": describe_machine(args), "settings": dataclasses.asdict(args),
+        "bench": args.bench, "dtype": dtype, "machine": machine, "settings": dataclasses.asdict(args),
         "rows": rows, "targets": [target._asdict() | {"met": bool(target.met())} for target in targets],
         "samples_s": samples,
     }  # fmt: skip
@@ -154,25 +152,3 @@ def print_table(rows):
     widths = [max(map(len, column)) for column in columns.values()]
     for line in zip(*columns.values(), strict=True):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def describe_machine(args):
-    """Machine facts, saved with every result."""
-    return {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu_name(),
-        "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_average": load_average(),
-        "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-        "commit": git_commit(),
-    }  # fmt: skip
-
-
-def cpu_name():
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def load_average():
-    return os.getloadavg() if hasattr(os, "getloadavg") else None
