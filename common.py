@@ -137,6 +137,7 @@ NotNegative = Annotated[int, Range(at_least=0)]
 Rate = Annotated[float, Range(at_least=0, below=math.inf)]
 Fraction = Annotated[float, Range(at_least=0, below=1)]
 AboveZero = Annotated[float, Range(above=0)]  # inf is allowed
+FiniteAboveZero = Annotated[float, Range(above=0, below=math.inf)]
 Seed = Annotated[int, Range(at_least=0, below=2**63)]
 T = TypeVar("T")
 
@@ -146,10 +147,22 @@ def hints(dataclass):
     return typing.get_type_hints(dataclass, include_extras=True)
 
 
+def parts(hint):
+    """An annotation and everything inside it: of Annotated[int | None, ...] also int and None."""
+    yield hint
+    if typing.get_origin(hint) is not typing.Literal:
+        for inner in typing.get_args(hint):
+            yield from parts(inner)
+
+
 def metadata(hint, kind):
-    """What the annotation `hint` holds of this kind, also inside `X | None`."""
-    parts = (hint, *typing.get_args(hint))
-    return [item for part in parts for item in getattr(part, "__metadata__", ()) if isinstance(item, kind)]
+    """What the annotation `hint` holds of this kind."""
+    return [item for part in parts(hint) for item in getattr(part, "__metadata__", ()) if isinstance(item, kind)]
+
+
+def literal_choices(hint):
+    """The values of a Literal in the annotation; () where there is none."""
+    return next((typing.get_args(part) for part in parts(hint) if typing.get_origin(part) is typing.Literal), ())
 
 
 def find_bad_setting(settings):
@@ -161,28 +174,13 @@ def find_bad_setting(settings):
         choices = literal_choices(hint)
         if choices and value not in choices:
             return name, f"must be one of {', '.join(choices)}, not {value!r}"
-        kinds = {kind for kind in (int, float, bool, str) if is_kind(hint, kind)}
+        kinds = {kind for kind in (int, float, bool, str) if kind in parts(hint)}
         if kinds and type(value) not in kinds | ({int} if float in kinds else set()):
             return name, f"must be {' or '.join(sorted(kind.__name__ for kind in kinds))}, not {value!r}"
         for limits in metadata(hint, Range):
             if not limits.holds(value):
                 return name, f"must be {limits}, not {value}"
     return None
-
-
-def literal_choices(hint):
-    """The values of a Literal, also inside Annotated or beside None; () for any other annotation."""
-    parts = (hint, *typing.get_args(hint))
-    return next((typing.get_args(part) for part in parts if typing.get_origin(part) is typing.Literal), ())
-
-
-def is_kind(hint, kind):
-    """Whether the annotation is `kind`, or that in Annotated or beside None."""
-    if hint is kind or getattr(hint, "__origin__", None) is kind:
-        return True
-    return typing.get_origin(hint) in (typing.Union, type(int | None)) and any(
-        is_kind(part, kind) for part in typing.get_args(hint)
-    )
 
 
 def check_settings(settings):

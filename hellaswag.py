@@ -1,24 +1,24 @@
-"""HellaSwag (Zellers et al. 2019, 1905.07830): which of four endings does the model find the most likely?
+"""HellaSwag (Zellers et al. 2019, 1905.07830): which of four endings does the model find most likely?
 
-    python hellaswag.py --checkpoint checkpoints/moe_20250629_seed_42        # the newest in a folder, or a .pt file
+    python hellaswag.py --checkpoint checkpoints/moe_20250629_seed_42        # a .pt file, or a folder: its newest
     python hellaswag.py --init_from gpt2                                     # published: GPT-2 124M 0.2955, XL 0.4893
     python hellaswag.py --checkpoint PATH --data hellaswag_val.jsonl --limit 1000 --out results/hella.json
 
-and inside training (the `hella` stream):  evaluate(model, tokenize(load_examples(), tokenizer), device).acc_norm
+and in training (the `hella` stream):  evaluate(model, tokenize(load_examples(), tokenizer), device).acc_norm
 
-Completion style: tokens(context) + tokens(" " + ending); `acc` chooses by the total loss over the ending's tokens,
-`acc_norm` by their mean. Of endings that tie, the first is chosen. context + ending longer than block_size is cropped
-on the left.
+Completion style: tokens(context) + tokens(" " + ending). `acc` chooses the ending with the lowest total loss over its
+tokens, `acc_norm` the one with the lowest mean loss; the first of endings that tie. If context + ending is longer than
+block_size, the left end is cropped.
 
-What is computed, for the same numbers as scoring the endings one by one:
+Four endings share one forward pass over their context. The numbers are those of scoring each ending alone:
 
-    row   [context | ending 0 | ending 1 | ending 2 | ending 3]; an ending's last token predicts nothing and is left
-          out; an ending attends to the context and to itself, and its positions go on from the context's end
-    head  the output projection only where the next token is an ending's
-    batch rows sorted by length, to a budget of tokens, padded on the right, routed dropless: no row sees another
+    row    [context | ending 0 | ending 1 | ending 2 | ending 3], each ending without its last token, which predicts
+           nothing. An ending attends to the context and to itself; its positions continue from the context's end.
+    head   the output projection only where the next token belongs to an ending
+    batch  rows sorted by length, up to a budget of tokens, padded on the right, routed dropless: no row sees another
 
 lm_eval's `hellaswag` has another prompt ("activity_label: " before the context, whose second part is capitalised, and
-WikiHow's brackets cleaned away), and its acc_norm divides by the ending's characters, ours by its tokens. Given its
+WikiHow's brackets removed), and its acc_norm divides by the characters of the ending, ours by its tokens. Given its
 prompts, our total losses are its log-likelihoods, so `acc` agrees; acc_norm agrees once divided by characters.
 """
 
@@ -26,6 +26,8 @@ import http.client
 import itertools
 import json
 import math
+import sys
+import tempfile
 import time
 import urllib.request
 from dataclasses import dataclass
@@ -39,103 +41,105 @@ from tqdm import tqdm
 
 import checkpoint
 import common
-from common import UserError, atomic_write
+from common import Positive, UserError, atomic_write
 from kernels import compute_dtype, linear_cross_entropy
+from sample import attention_without_cudnn, inference_dtype, require_memory
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = Path("data/hellaswag/hellaswag_val.jsonl")
-BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536, "mps": 8192}  # a batch, padding included: what each keeps busy with
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65_536, "mps": 8192}  # per batch, padding included: enough to fill the device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The examples
 
 
 class Example(NamedTuple):
-    context: tuple[int, ...]  # tokens, at least one, as of each ending
-    endings: tuple[tuple[int, ...], ...]  # four
-    label: int  # the right one
+    context: tuple[int, ...]  # tokens, at least one
+    endings: tuple[tuple[int, ...], ...]  # tokens of the four endings, at least one each
+    label: int  # index of the right ending
 
 
-def load_examples(path=None, limit=None):
-    """The first `limit` (default: all) examples of a jsonl file in the official format, as dicts; checked.
+def load_examples(path=None, limit=None, flag="--data"):
+    """The first `limit` (default: all) examples of a jsonl file in the official format, as dicts.
 
-    Without a path: the official validation set, downloaded once. Over several ranks let one call this first.
-    Raises UserError: no network, no such file, a malformed line (with its number).
+    Without a path: the official validation set, downloaded once. Raises UserError, with the `flag` that names another
+    file: no network, no such file, a malformed line (with its number).
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"--limit must be at least 1, not {limit}")
-    if path is None:
+    if not path:
         path = PATH
         if not path.exists():
-            download(URL, path)
+            download(URL, path, flag)
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the HellaSwag jsonl with --data FILE") from error
+        raise UserError(f"{path}: {error.strerror}; give the HellaSwag jsonl with {flag} FILE") from error
     numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
     examples = [parse(line, f"{path} line {number}") for number, line in itertools.islice(numbered, limit)]
     if not examples:
-        raise UserError(f"{path} holds no examples; delete it to download it again, or give another with --data FILE")
+        raise UserError(f"{path} holds no examples; delete it to download it again, or give another with {flag} FILE")
     return examples
 
 
-def download(url, path, timeout=30):
-    """`url` to `path`, whole or not at all."""
+def download(url, path, flag, timeout=10):
+    """Download `url` to `path`, whole or not at all. A network that is silent for `timeout` seconds is an error."""
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:
             data = response.read()
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url}: {error}; fetch the file on another machine and give it with --data FILE") from error
+        raise UserError(f"{url}: {error}; download it on another machine and give it with {flag} FILE") from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as f:
             f.write(data)
     except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give the file with --data FILE") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}); give the file with {flag} FILE") from error
 
 
 def parse(line, where):
+    """One line as a dict; UserError, beginning with `where`, unless it has the official format."""
     try:
         example = json.loads(line)
-    except (ValueError, RecursionError):
-        raise UserError(f"{where} is not JSON; expected the official format, one object a line") from None
-    fault = find_fault(example)
-    if fault:
-        raise UserError(f"{where}: {fault}; expected the official format: ctx, four endings, label 0 to 3")
+        label, endings, texts = example["label"], example["endings"], [example["ctx"], *example["endings"]]
+        valid = isinstance(endings, list) and len(endings) == 4 and type(label) is int and label in range(4)
+        valid = valid and all(isinstance(text, str) and text.strip() for text in texts)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        valid = False
+    if not valid:
+        raise UserError(f"{where} is not a HellaSwag example: a JSON object with ctx, four endings and label 0 to 3")
     return example
 
 
-def find_fault(example):
-    """What is wrong with a line, or None."""
-    if not isinstance(example, dict):
-        return "not a JSON object"
-    missing = [name for name in ("ctx", "endings", "label") if name not in example]
-    if missing:
-        return f"no {missing[0]!r}"
-    if not is_text(example["ctx"]):
-        return "'ctx' is not a text of at least one word"
-    endings = example["endings"]
-    if not isinstance(endings, list) or len(endings) != 4:
-        return "'endings' is not a list of four"
-    for i, ending in enumerate(endings):
-        if not is_text(ending):
-            return f"ending {i} is not a text of at least one word"
-    if type(example["label"]) is not int or example["label"] not in range(4):
-        return f"label {example['label']!r} is not one of 0 to 3"
-    return None
-
-
-def is_text(value):
-    return isinstance(value, str) and not value.isspace() and value != ""
-
-
 def tokenize(examples, tokenizer):
-    """What `evaluate` takes, from what `load_examples` gives; done once for any number of evaluations."""
+    """Examples for `evaluate` from the dicts of `load_examples`; once for any number of evaluations."""
 
     def encode(text):
         return tuple(tokenizer.encode_ordinary(text))
 
     return [Example(encode(x["ctx"]), tuple(encode(" " + text) for text in x["endings"]), x["label"]) for x in examples]
+
+
+def load_for_training(path, limit, tokenizer, every, machine, say):
+    """Tokenised examples for the trainer, or None if `every` is 0 or, after a message, if the download fails.
+
+    Rank 0 loads and sends them to the other ranks: all ranks evaluate the same examples, or none does, also where nodes
+    share no disk. Raises UserError on every rank for a fault of the file at `path`.
+    """
+    if every == 0:
+        return None
+    loaded = [None]
+    if machine.is_main:
+        try:
+            loaded = [tokenize(load_examples(path, limit, "--hellaswag_data"), tokenizer)]
+        except UserError as error:
+            loaded = [error]
+    if machine.world_size > 1:
+        dist.broadcast_object_list(loaded, device=machine.device)
+    if not isinstance(loaded[0], UserError):
+        return loaded[0]
+    if path:
+        raise loaded[0]
+    say(f"no HellaSwag in this run: {loaded[0]}")
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,13 +149,13 @@ def tokenize(examples, tokenizer):
 class Row(NamedTuple):
     length: int  # in tokens
     context: tuple
-    endings: dict  # tokens of an ending -> its slot; endings that are equal need one
+    endings: dict  # tokens of an ending -> its slot; equal endings share one
 
 
 def crop(context, ending, block_size):
-    """The last block_size tokens of context + ending, again in two parts.
+    """(context, ending) of the last block_size tokens of context + ending.
 
-    The first token left is not scored, since nothing predicts it: it counts as context, even if it was the ending's.
+    The first token that is left counts as context, even if it was the ending's: nothing predicts it.
     """
     drop = len(context) + len(ending) - block_size
     if drop <= 0:
@@ -162,13 +166,13 @@ def crop(context, ending, block_size):
 
 
 def build_rows(examples, block_size):
-    """(rows, longest first; for each slot the slot computed for it; for each slot its scored tokens; examples cropped).
+    """(rows, longest first; slot whose loss is computed for each slot; scored tokens per slot; examples cropped).
 
-    Endings share a row if their contexts are the same after cropping: all four, unless one is too long for block_size.
+    Endings share a row if their contexts are equal after cropping: all four, unless one is too long for block_size.
     Equal endings are computed once, so that they tie exactly.
     """
     if block_size < 2:
-        raise UserError(f"a model of block_size {block_size} predicts nothing from a context: at least 2 are needed")
+        raise UserError(f"a model of block_size {block_size} predicts nothing: HellaSwag needs at least 2")
     rows, cropped = [], 0
     computed, counts = np.zeros((2, 4 * len(examples)), dtype=np.int64)
     for e, (context, endings, _) in enumerate(examples):
@@ -185,9 +189,9 @@ def build_rows(examples, block_size):
 
 
 def split_rows(rows, batch_tokens, rank, world_size):
-    """This rank's share of the rows, in batches of at most batch_tokens, padding included (or of one row).
+    """Batches of this rank's rows: at most batch_tokens each, padding included, or one row.
 
-    Each rank gets the same number of batches, of about the same size: none waits for another.
+    Each rank gets the same number of batches of about the same size, so that none waits for another.
     """
     start = 0
     while start < len(rows):
@@ -199,17 +203,17 @@ def split_rows(rows, batch_tokens, rank, world_size):
 
 class Batch(NamedTuple):
     tokens: torch.Tensor  # int64 (3, B, S): token, position, segment (padding: -1)
-    scored: torch.Tensor  # int64 (2, N): index among the B*S tokens of the one that predicts, target
+    scored: torch.Tensor  # int64 (2, N): index, among the B*S tokens, of the token that predicts; target
     slots: np.ndarray  # int64 (N,)
 
 
 class Layout(NamedTuple):
-    """A row spelt out in ints: three lists of an entry a token, three of an entry a scored token."""
+    """A row as lists: the first three have one entry per token, the others one per scored token."""
 
     tokens: list
     positions: list
-    segments: list  # 0 the context, from 1 the endings
-    sources: list  # index in the row of the token whose hidden state predicts the scored one
+    segments: list  # 0: the context; 1 to 4: the endings
+    sources: list  # index in the row of the token whose hidden state predicts the scored token
     targets: list
     slots: list
 
@@ -229,7 +233,8 @@ def lay_out(row):
 
 
 def collate(rows, device):
-    length = rows[0].length  # the longest
+    """Batch of rows, padded to the first, which is the longest."""
+    length = rows[0].length
     tokens = np.zeros((3, len(rows), length), dtype=np.int64)
     tokens[2] = -1
     sources, targets, slots = [], [], []
@@ -239,7 +244,7 @@ def collate(rows, device):
         targets.extend(row.targets)
         slots.extend(row.slots)
     parts = torch.from_numpy(tokens), torch.tensor([sources, targets], dtype=torch.int64)
-    if device.type == "cuda":  # from pinned memory the copy does not stop the host
+    if device.type == "cuda":  # the copy from pinned memory does not block the host
         parts = [part.pin_memory() for part in parts]
     return Batch(*(part.to(device, non_blocking=True) for part in parts), np.array(slots, dtype=np.int64))
 
@@ -254,46 +259,47 @@ class Result(NamedTuple):
     stderr: float  # of acc_norm
     n: int
     seconds: float
-    cropped: int  # examples too long for block_size
-    ties: int  # examples in which two endings share the least mean loss
-    predictions: list[int]  # the ending chosen by mean loss
+    cropped: int  # examples longer than block_size
+    ties: int  # examples in which two endings share the lowest mean loss
+    predictions: list[int]  # endings chosen by mean loss
 
 
 def score(model, batch):
-    """Loss (N,), float32, of each scored token."""
+    """Losses (N,), float32, of the scored tokens of a Batch."""
     idx, positions, segments = batch.tokens
     sources, targets = batch.scored
     own = segments[:, :, None] == segments[:, None, :]  # (B, S, S)
-    attn_mask = (own | (segments == 0)[:, None, :]).tril()  # padding attends too: a row without any key would be nan
-    h = model.hidden_states(idx, positions=positions, attn_mask=attn_mask[:, None], dropless=True)
+    attn_mask = (own | (segments == 0)[:, None, :]).tril()  # padding attends too: without any key it would be nan
+    with attention_without_cudnn(idx.device):
+        h = model.hidden_states(idx, positions=positions, attn_mask=attn_mask[:, None], dropless=True)
     h = h.flatten(0, 1)[sources]
     return linear_cross_entropy(h.to(compute_dtype(h)), model.lm_head.weight, targets, reduction="none")
 
 
 @torch.no_grad()
 def ending_losses(model, examples, device, batch_tokens=None, rank=0, world_size=1, progress=False):
-    """Total loss (n, 4) and number of scored tokens (n, 4) of each ending, numpy; number of examples cropped.
+    """Total losses (n, 4) and scored tokens (n, 4) of the endings, numpy; number of examples cropped.
 
-    float32 on CPU, bf16 autocast on CUDA. Leaves mode, gradients and random state as they are.
+    Products are float32, on CUDA bf16. Mode, gradients and random state of the model are unchanged.
     """
     device = torch.device(device)
     rows, computed, counts, cropped = build_rows(examples, model.config.block_size)
     counts = counts.reshape(-1, 4)
     labels = np.array([example.label for example in examples])
-    shares = split_rows(rows, batch_tokens or BATCH_TOKENS.get(device.type, 8192), rank, world_size)
+    shares = split_rows(rows, batch_tokens or BATCH_TOKENS[device.type], rank, world_size)
     batches = (collate(share, device) for share in shares)
     total = np.zeros(len(computed))
     was_training = model.training
     model.eval()
     try:
         with (
-            torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
+            common.autocast(device, inference_dtype(device)),
             tqdm(total=len(examples) // world_size, unit="example", disable=None if progress else True) as bar,
         ):
             batch = next(batches)
             while batch is not None:
                 losses = score(model, batch)
-                upcoming = next(batches, None)  # made while the device is busy
+                upcoming = next(batches, None)  # built while the device computes
                 total += np.bincount(batch.slots, losses.cpu(), minlength=len(total))
                 show(bar, total[computed].reshape(-1, 4), counts, labels)
                 batch = upcoming
@@ -307,7 +313,7 @@ def ending_losses(model, examples, device, batch_tokens=None, rank=0, world_size
 
 
 def show(bar, total, counts, labels):
-    """Accuracy so far, on the examples whose four endings have a loss."""
+    """Show acc_norm of the examples whose four endings have a loss."""
     if bar.disable:
         return
     done = total.all(axis=1)
@@ -318,19 +324,19 @@ def show(bar, total, counts, labels):
 
 
 def evaluate(model, examples, device, batch_tokens=None, rank=0, world_size=1, progress=False):
-    """Result of a GPT on what `tokenize` gave. Every rank of a world calls it, and gets the result on all examples.
+    """Result of a GPT on tokenised examples. Every rank of the world calls it and gets the Result of all examples.
 
-    `model` is the GPT itself, not a compiled or wrapped one: rows come in many lengths. Call it outside autocast.
+    `model` is the GPT itself, not a compiled or wrapped one: rows have many lengths. Call it outside autocast.
     """
     start = time.perf_counter()
     total, counts, cropped = ending_losses(model, examples, device, batch_tokens, rank, world_size, progress)
     seconds = time.perf_counter() - start
     mean = total / counts
     labels = np.array([example.label for example in examples])
-    predictions = mean.argmin(axis=1)  # the first of those that tie
+    predictions = mean.argmin(axis=1)  # the first of endings that tie
     acc, acc_norm = (total.argmin(axis=1) == labels).mean(), (predictions == labels).mean()
     if not np.isfinite(total).all():
-        acc = acc_norm = math.nan  # a broken model must not pass for one that guesses
+        acc = acc_norm = math.nan  # a diverged model must not look like one that guesses
     ties = ((mean == mean.min(axis=1, keepdims=True)).sum(axis=1) > 1).sum()
     stderr = standard_error(acc_norm, len(examples))
     return Result(float(acc), float(acc_norm), stderr, len(examples), seconds, cropped, int(ties), predictions.tolist())
@@ -346,48 +352,68 @@ def standard_error(accuracy, n):
 
 @dataclass
 class Args:
-    """HellaSwag accuracy of a checkpoint or of GPT-2."""
-
-    checkpoint: str = ""  # a checkpoint of train_single_gpu.py
-    init_from: str = ""  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder
-    data: str = ""  # jsonl in the official format; empty: data/hellaswag, downloaded when missing
-    limit: int | None = None  # examples (default: all 10,042)
-    out: str = ""  # JSON file to write: acc, acc_norm, stderr, n, seconds, cropped, ties, predictions
-    device: str = "auto"  # cuda, mps, cpu; auto: the first of them there is
-    batch_tokens: int | None = None  # tokens a batch, padding included (default: 65,536 on cuda, 2,048 on CPU)
+    checkpoint: str = ""  # Checkpoint of train_single_gpu.py: a .pt file, or a folder (its newest)
+    init_from: str = ""  # GPT-2 from Hugging Face (gpt2 ... gpt2-xl), or a folder in its format
+    data: str = ""  # jsonl file in the official format (default: data/hellaswag, downloaded when missing)
+    limit: Positive | None = None  # Number of examples, from the first (default: all 10,042)
+    out: str = ""  # JSON file for the result and the predictions
+    device: str = "auto"  # cuda, mps or cpu; auto: the first that is available
+    batch_tokens: Positive | None = None  # Tokens per batch, padding included (default: by device)
 
 
-def check_args(args):
-    """Everything that can be said to be wrong before anything is loaded."""
-    if args.batch_tokens is not None and args.batch_tokens < 1:
-        raise UserError(f"--batch_tokens must be at least 1, not {args.batch_tokens}")
-    if args.out and not Path(args.out).resolve().parent.is_dir():
-        raise UserError(f"--out {args.out}: there is no such folder, make it first")
-    if args.out and Path(args.out).is_dir():
-        raise UserError(f"--out {args.out} is a folder: name a file in it")
+def check_out(out):
+    """UserError if `out` cannot be written: found before the evaluation, not after it."""
+    path = Path(out)
+    if path.exists() and not path.is_file():
+        raise UserError(f"--out {out} is not a file: name a file")
+    try:
+        with tempfile.TemporaryFile(dir=path.resolve().parent) as f:
+            f.write(bytes(100_000))  # more than a result of all examples needs: a full disk is found too
+    except OSError as error:
+        raise UserError(f"--out {out}: its folder cannot be written to: {error.strerror}") from None
+
+
+def check_memory(model, examples, args, device):
+    """UserError if a batch of --batch_tokens needs more memory than is free."""
+    tokens = sum(len(x.context) + sum(map(len, x.endings)) for x in examples)
+    tokens = min(tokens, args.batch_tokens or BATCH_TOKENS[device.type])
+    require_memory(10 * model.config.n_embd * inference_dtype(device).itemsize, tokens, device, "--batch_tokens")
+
+
+def plus_minus():
+    """±, or +/- if stdout cannot encode it."""
+    try:
+        "±".encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return "+/-"
+    return "±"
 
 
 def report(result):
-    print(f"acc       {result.acc:.4f} ± {standard_error(result.acc, result.n):.4f}  (by total loss)")
-    print(f"acc_norm  {result.acc_norm:.4f} ± {result.stderr:.4f}  (by mean loss over the ending's tokens)")
+    """Print both accuracies with their standard errors."""
+    sign = plus_minus()
+    print(f"acc       {result.acc:.4f} {sign} {standard_error(result.acc, result.n):.4f}  (by total loss)")
+    print(f"acc_norm  {result.acc_norm:.4f} {sign} {result.stderr:.4f}  (by mean loss over the ending's tokens)")
     notes = f"{result.cropped} cropped to the block size, {result.ties} with a tie"
     print(f"examples  {result.n} in {result.seconds:.1f} s; {notes}")
 
 
 def main():
     args = common.parse(Args)
-    check_args(args)
+    if args.out:
+        check_out(args.out)
     device = common.choose_device(args.device)
     model, tokenizer = checkpoint.open_model(args.checkpoint, args.init_from, device)
-    examples = tokenize(load_examples(args.data or None, args.limit), tokenizer)
+    examples = tokenize(load_examples(args.data, args.limit), tokenizer)
+    check_memory(model, examples, args, device)
     result = evaluate(model, examples, device, args.batch_tokens, progress=True)
     name = args.checkpoint or args.init_from
     if math.isnan(result.acc):
-        raise UserError(f"{name} gives losses that are not finite: take an earlier checkpoint")
-    report(result)
+        raise UserError(f"{name} gives losses that are not finite: use an earlier checkpoint")
     if args.out:
         with atomic_write(args.out, "w") as f:
             json.dump({"model": name, **result._asdict()}, f)
+    report(result)
 
 
 if __name__ == "__main__":

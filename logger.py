@@ -104,7 +104,7 @@ def describe_machine(device):
         "device": torch.cuda.get_device_name(device) if on_cuda else f"{device} ({processor_name()})",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
         "commit": git_commit(),
     }
@@ -232,7 +232,7 @@ def duration(seconds):
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.0f} {unit}"
-    return f"{seconds:,.0f} seconds"
+    return f"{seconds:,.0f} seconds" if seconds >= 1 else f"{1e3 * seconds:,.0f} ms"
 
 
 def matmul_rate():
@@ -255,7 +255,8 @@ def print_header(run, notes):
     if run.machine.device.type == "cpu" and not console.silent:
         seconds = record["flops_per_token"] * args.total_batch_size / matmul_rate()
         left = seconds * (args.max_steps - run.progress.step)
-        say(f"on this CPU at least {duration(seconds)} per step, {duration(left)} in all")
+        if left > 60:
+            say(f"on this CPU at least {duration(seconds)} per step, {duration(left)} in all")
     for note in notes:
         say(f"note: {note}")
     say(f"log: {run.log.path}; checkpoints: {run.folder if args.save_checkpoint else 'none'}")

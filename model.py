@@ -136,7 +136,7 @@ class GPTConfig:
     use_router_z_loss: bool = False  # Penalty on large router logits
     use_switch_tfm_init: bool = False  # MoE layers drawn from a truncated normal, std sqrt(scale / fan in)
     router_use_full_prec: bool = False  # Router in float32 under autocast
-    switch_tfm_init_scale: AboveZero = 1.0  # Scale of that initialisation; the paper recommends 0.1
+    switch_tfm_init_scale: FiniteAboveZero = 1.0  # Scale of that initialisation; the paper recommends 0.1
     gate: Literal[tuple(GATES)] = "topk_softmax"  # Weights of the chosen experts
     use_bias_balance: bool = False  # Balance by a bias on the selection, without a loss
     bias_balance_rate: Rate = 0.001  # Change of the selection bias per step

@@ -3,69 +3,115 @@
     python sample.py --checkpoint checkpoints/RUN --prompt "The moon" --num_samples 4 --temperature 0.8
     python sample.py --init_from gpt2-xl --prompt_file question.txt --max_new_tokens 300 --top_p 0.95
 
-`stream` yields the next token of each row, `generate` collects them. Keys and values of the tokens so far are kept, so
-a token costs one position and not the whole prefix, in time one reading of the weights, whatever the length. With 124M
-parameters, on one thread of a busy machine: 50, 55 and 52 ms for the 8th, 248th and 487th token, where computing the
-prefix again takes 92, 506 and 926 ms.
+`stream` yields the next token of each row, `generate` collects them. The keys and values of earlier tokens are cached:
+a new token costs one position instead of the whole prefix.
 
 Past block_size the window slides as in nanoGPT: the last block_size tokens are read at positions 0, 1, ... Learned
-positions move with it, every key and value changes, nothing kept is worth anything, and each token costs a full forward
-of block_size positions. Routing is dropless: a token's logits depend on its own past alone, whatever else is in the
-batch, which is also what makes the cache exact for a MoE.
+positions move with the window, so every key and value changes: the cache is of no use, and each token costs a forward
+pass over block_size positions. Routing is dropless: the logits of a token depend on its own past alone, not on the rest
+of the batch; this makes the cache exact for a MoE too.
 """
 
 import codecs
+import contextlib
+import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
 import common
-from common import UserError
+from common import NotNegative, Positive, Seed, UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference: type, attention and memory (hellaswag.py uses them too)
+
+
+def inference_dtype(device):
+    """Type of the matrix products: bfloat16 on CUDA, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def attention_without_cudnn(device):
+    """Context in which attention on CUDA uses no cuDNN kernel: cuDNN builds a plan for every new shape."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+
+def free_memory(device):
+    """Bytes that are free on the device; inf where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):  # no Linux
+        return math.inf
+
+
+def require_memory(each, count, device, flag):
+    """UserError, naming the flag that sets `count`, if count times `each` bytes are not free."""
+    free = free_memory(device)
+    if each * count > free:
+        raise UserError(
+            f"{flag} {count} needs about {each * count // 2**20:,} MiB of memory, {free // 2**20:,} MiB are free: "
+            f"set {flag} to {free // each} or less"
+        )
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 
 
+class BrokenModel(UserError):
+    """The logits of the model are not finite."""
+
+
 def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Next tokens (B,) from logits (B, V).
 
-    temperature 0 takes the likeliest. Otherwise: of the top_k likeliest tokens, the fewest whose probabilities (among
-    those top_k) add up to top_p or more, drawn by their probabilities at this temperature.
+    temperature 0 takes the most likely token. Otherwise a token is drawn, by the probabilities at this temperature,
+    from the top_k most likely tokens, of these from the fewest whose probabilities (among the top_k) sum to top_p.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
+    tiny = torch.finfo(torch.float32).tiny  # smaller settings would be rounded to 0
     logits, tokens = logits.float(), None
     if top_k is not None or top_p is not None:  # descending
         logits, tokens = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # the largest is 0: nothing overflows
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, tiny)  # at most 0: nothing overflows
     probs = torch.softmax(scaled, dim=-1)
     if top_p is not None:
-        before = probs.cumsum(dim=-1) - probs  # what the likelier tokens add up to
-        probs = probs * (before < top_p)
+        before = probs.cumsum(dim=-1) - probs  # the sum over the more likely tokens
+        probs = probs * (before < max(top_p, tiny))
     drawn = torch.multinomial(probs, 1, generator=generator)
     return (drawn if tokens is None else tokens.gather(1, drawn)).squeeze(1)
 
 
 def check_sampling(temperature, top_k, top_p):
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature must be 0 (the likeliest token) or more, not {temperature}")
+    """UserError for settings that `sample_next` cannot use."""
+    if not 0 <= temperature < math.inf:
+        raise UserError(f"temperature must be at least 0 (0: the most likely token) and finite, not {temperature}")
     if top_k is not None and top_k < 1:
-        raise UserError(f"top_k must be at least 1, not {top_k}; leave it out for all tokens")
+        raise UserError(f"top_k must be at least 1, or None for all tokens, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p must lie above 0 and at most 1, not {top_p}")
+        raise UserError(f"top_p must be above 0 and at most 1, not {top_p}")
 
 
 @torch.no_grad()
 def next_logits(model, idx, cache):
-    """Logits (B, V) after the tokens idx (B, T). Computes what `cache` does not hold, all once the window slides."""
+    """Logits (B, V) after the tokens idx (B, T). Computes the positions that `cache` lacks; all once T > block_size."""
     window = model.config.block_size
-    if idx.shape[1] <= window:
-        hidden = model.hidden_states(idx[:, cache.length :], cache=cache, dropless=True)
-    else:
-        hidden = model.hidden_states(idx[:, -window:], dropless=True)
+    with attention_without_cudnn(idx.device):
+        if idx.shape[1] <= window:
+            hidden = model.hidden_states(idx[:, cache.length :], cache=cache, dropless=True)
+        else:
+            hidden = model.hidden_states(idx[:, -window:], dropless=True)
     return model.lm_head(hidden[:, -1])
 
 
@@ -74,13 +120,17 @@ def stream(
 ):
     """Yield the next tokens (B,) after idx (B, T), at most max_new_tokens times.
 
-    With `eot` it ends when every row has sampled it; a row that has, goes on with eot. Ids from vocab_size up, the
-    padding of the embedding, are never sampled. Random numbers come from `generator` (on the model's device) alone;
-    None: from a new one, seeded by the system. The model is in eval mode until the last token, then as it was.
+    With `eot` it ends when every row has sampled it; a row that has ended continues with eot. An empty idx (B, 0) then
+    begins a document. Ids from vocab_size up, the padding of the embedding, are never sampled. Random numbers come from
+    `generator` (on the model's device) alone; None: a new one, seeded by the system. The model is in eval mode until
+    the last token, then in its former mode. Of several ranks every one calls it and gets the tokens of rank 0.
+    Raises BrokenModel if the logits are not finite.
     """
     check_sampling(temperature, top_k, top_p)
     if idx.shape[1] == 0:
-        raise ValueError("idx must hold at least one token a row")
+        if eot is None:
+            raise ValueError("idx is empty: give eot to begin a document")
+        idx = torch.full((len(idx), 1), eot, device=idx.device)
     if generator is None:
         generator = torch.Generator(idx.device)
         generator.seed()
@@ -90,9 +140,13 @@ def stream(
         cache = model.new_cache(len(idx))
         for _ in range(max_new_tokens):
             logits = next_logits(model, idx, cache)[:, :vocab_size]
-            if not torch.isfinite(logits.max()):
-                raise UserError("the model's logits are not finite: it has diverged, take an older checkpoint")
-            tokens = sample_next(logits, temperature, top_k, top_p, generator)
+            tokens = torch.full((len(idx),), -1, device=idx.device)
+            if torch.isfinite(logits.max()):
+                tokens = sample_next(logits, temperature, top_k, top_p, generator)
+            if dist.is_available() and dist.is_initialized():  # ranks that round differently must end together
+                dist.broadcast(tokens, 0)
+            if (tokens < 0).any():
+                raise BrokenModel("the model's logits are not finite: it has diverged, use an earlier checkpoint")
             if eot is not None:
                 tokens = torch.where(ended, eot, tokens)
                 ended |= tokens == eot
@@ -105,8 +159,9 @@ def stream(
 
 
 def generate(model, idx, max_new_tokens, *args, **kwargs):
-    """idx (B, T) with what stream() yields behind it: (B, T + max_new_tokens), shorter when all rows have ended."""
-    return torch.cat([idx, *(tokens[:, None] for tokens in stream(model, idx, max_new_tokens, *args, **kwargs))], dim=1)
+    """idx (B, T) followed by the tokens of stream(): (B, T + max_new_tokens), less if all rows end earlier."""
+    tokens = stream(model, idx, max_new_tokens, *args, **kwargs)
+    return torch.cat([idx.long(), *(column[:, None] for column in tokens)], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,12 +171,12 @@ RULE = "-" * 80
 
 
 def print_samples(steps, tokenizer, prompt, n):
-    """Print n samples, each after `prompt`: the first as its tokens come, the others when those before have ended.
+    """Print n samples, each after `prompt`: the first while it is drawn, the others when those before it have ended.
 
-    A token may be part of a character: bytes are kept until they make one. What there is is printed on Ctrl-C too.
+    A token may be part of a character: its bytes wait for the rest. On Ctrl-C the text so far is printed.
     """
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(n)]
-    texts, ended, front = [prompt] * n, [False] * n, 0  # texts: what is not printed yet
+    texts, ended, front = [prompt] * n, [False] * n, 0  # texts: not yet printed
     try:
         for tokens in steps:
             for i, token in enumerate(tokens.tolist()):
@@ -147,17 +202,17 @@ def print_samples(steps, tokenizer, prompt, n):
 
 @dataclass
 class Args:
-    checkpoint: str = ""  # a step_*.pt file, or a folder of them (its newest)
-    init_from: str = ""  # or gpt2, gpt2-medium, gpt2-large, gpt2-xl, a Hugging Face folder
-    prompt: str = ""  # text to go on from; empty: the beginning of a document
-    prompt_file: str = ""  # a UTF-8 file that holds the prompt
-    num_samples: int = 1  # drawn side by side, printed one after another
-    max_new_tokens: int = 200  # of each sample
-    temperature: float = 1.0  # 0: always the likeliest token
-    top_k: int | None = 50  # sample from so many likeliest tokens; None: from all
-    top_p: float | None = None  # and of those from the fewest that make up this probability
-    seed: int = 1337  # the same seed gives the same text
-    device: str = "auto"  # cuda, mps, cpu; auto: the first of them there is
+    checkpoint: str = ""  # Checkpoint of train_single_gpu.py: a .pt file, or a folder (its newest)
+    init_from: str = ""  # GPT-2 from Hugging Face (gpt2 ... gpt2-xl), or a folder in its format
+    prompt: str = ""  # Text to continue; empty: the beginning of a document
+    prompt_file: str = ""  # UTF-8 file with the prompt
+    num_samples: Positive = 1  # Samples, drawn together, printed one after another
+    max_new_tokens: NotNegative = 200  # Tokens per sample
+    temperature: float = 1.0  # Divisor of the logits; 0: always the most likely token
+    top_k: int | None = 50  # Most likely tokens to draw from; None: all
+    top_p: float | None = None  # Probability: draw from the fewest of the top_k tokens that reach it
+    seed: Seed = 1337  # Seed for the draws: the same seed gives the same text
+    device: str = "auto"  # cuda, mps or cpu; auto: the first that is available
 
 
 def read_prompt(args):
@@ -173,31 +228,33 @@ def read_prompt(args):
         raise UserError(f"--prompt_file {args.prompt_file} is not UTF-8 (byte {error.start})") from None
 
 
-def check_args(args):
-    check_sampling(args.temperature, args.top_k, args.top_p)
-    for name, least in (("num_samples", 1), ("max_new_tokens", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    if not 0 <= args.seed < 2**63:
-        raise UserError(f"--seed must lie in 0 to 2**63 - 1, not {args.seed}")
+def check_memory(model, prompt_length, args, device):
+    """UserError if --num_samples samples need more memory than is free: cache, prompt in the widest layer, logits."""
+    c, width = model.config, inference_dtype(device).itemsize
+    positions = c.block_size if device.type == "cuda" else min(c.block_size, prompt_length + args.max_new_tokens)
+    cache, prompt, logits = 2 * c.n_layer * positions * width, prompt_length * 6 * width, c.vocab_size * 16
+    require_memory((cache + prompt) * c.n_embd + logits, args.num_samples, device, "--num_samples")
 
 
 def main():
     args = common.parse(Args)
-    check_args(args)
+    check_sampling(args.temperature, args.top_k, args.top_p)
     prompt = read_prompt(args)
     device = common.choose_device(args.device)
     model, tokenizer = checkpoint.open_model(args.checkpoint, args.init_from, device)
-    ids, window = tokenizer.encode_ordinary(prompt) or [tokenizer.eot], model.config.block_size
+    ids, window = tokenizer.encode_ordinary(prompt), model.config.block_size
     if len(ids) > window:
         print(f"note: of the prompt's {len(ids)} tokens the model sees the last {window} (block_size)", file=sys.stderr)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character is no reason to stop
+    idx = torch.tensor(ids[-window:], dtype=torch.int64, device=device)
+    check_memory(model, len(idx), args, device)
+    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a character
     steps = stream(
-        model, torch.tensor([ids[-window:]] * args.num_samples, device=device), args.max_new_tokens,
+        model, idx.repeat(args.num_samples, 1), args.max_new_tokens,
         args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed),
         tokenizer.eot, tokenizer.vocab_size,
     )  # fmt: skip
-    print_samples(steps, tokenizer, prompt, args.num_samples)
+    with common.autocast(device, inference_dtype(device)):
+        print_samples(steps, tokenizer, prompt, args.num_samples)
 
 
 if __name__ == "__main__":

@@ -509,7 +509,7 @@ def build_model(args, machine, state):
     """The bare model on its device: from scratch, from --init_from, or empty where a checkpoint follows."""
     generator = torch.Generator().manual_seed(args.seed)
     if state is not None:
-        model = checkpoint.empty_model(checkpoint.config_of(state["config"], "the checkpoint"))
+        model = GPT(checkpoint.config_of(state["config"], "the checkpoint"), generator)
     elif args.init_from == "scratch":
         logger.check_memory(args, model_config(args), machine)
         model = GPT(model_config(args), generator)
@@ -577,7 +577,7 @@ def evaluate_only(args, machine):
     if args.resume:
         folder = Path(args.checkpoint_dir) / identity.choose_names(args)
         path = folder if args.resume == "auto" else args.resume
-        model, _ = checkpoint.load_model(path, machine.device)
+        model = checkpoint.load_model(path)[0].to(machine.device)
     else:
         model = build_model(args, machine, None)
     for loader in make_loaders(args, machine, model):

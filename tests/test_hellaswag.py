@@ -1,10 +1,11 @@
-"""HellaSwag: packed rows give what a plain one-by-one implementation gives, whatever else is in the batch."""
+"""HellaSwag: packed rows give the losses of a plain implementation, one ending at a time, in any batch."""
 
 import dataclasses
 import http.server
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -16,13 +17,13 @@ import torch
 
 import checkpoint
 import hellaswag
-from common import UserError
+from common import Machine, UserError
 from hellaswag import Example
 from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-REAL = ROOT / "../shared/data/hellaswag_val.jsonl"
+REAL = ROOT / "tests/data/hellaswag_50.jsonl"
 LINE = {"ind": 0, "activity_label": "Baking", "ctx": "A man kneads dough. he", "label": 1, "split": "val"}
 LINE["endings"] = ["bakes bread.", "bakes a loaf of bread.", "is a shoe on the moon.", "runs."]
 
@@ -34,13 +35,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def real_lines(count):
-    if not REAL.exists():
-        pytest.skip("the real HellaSwag file is not here (../shared/data/hellaswag_val.jsonl)")
-    lines = REAL.read_text().splitlines()
-    return [json.loads(line) for line in random.Random(0).sample(lines, count)]
 
 
 def tiny(block_size=1024, vocab_size=257, seed=0, **changes):
@@ -70,7 +64,7 @@ def random_examples(count, seed=0, vocab_size=257, longest=40):
 
 @torch.no_grad()
 def plain_losses(model, examples):
-    """Total and mean loss (n, 4) of each ending, the simplest way: a forward an ending, logits at every position."""
+    """Total and mean loss (n, 4) of each ending, one forward per ending, with logits at every position."""
     model.eval()
     table = []
     for context, endings, _ in examples:
@@ -88,7 +82,7 @@ def losses_of(model, examples, **options):
     return total, total / counts
 
 
-# ---- the same numbers as one by one
+# ---- the numbers of a plain implementation
 
 
 @pytest.mark.parametrize("block_size", [1024, 60, 30, 2])
@@ -100,13 +94,11 @@ def test_losses_are_those_of_one_by_one(build, block_size):
     assert np.abs(mean - expected_mean).max() < 1e-5 and np.allclose(total, expected_total, rtol=1e-5)
 
 
-REAL_CASES = [("gpt2", 30, 1024), ("gpt2", 30, 40), ("bytes", 80, 1024), ("bytes", 60, 200)]
-
-
-@pytest.mark.parametrize("name, count, block_size", REAL_CASES)
-def test_predictions_on_real_examples_are_those_of_one_by_one(name, count, block_size):
+@pytest.mark.parametrize("name, block_size", [("gpt2", 1024), ("gpt2", 40), ("bytes", 1024), ("bytes", 200)])
+def test_predictions_on_real_examples_are_those_of_one_by_one(name, block_size):
     tokenizer = get_tokenizer(name)
-    examples = hellaswag.tokenize(real_lines(count), tokenizer)
+    examples = hellaswag.tokenize(hellaswag.load_examples(REAL), tokenizer)
+    assert len(examples) == 50
     model = tiny(block_size, tokenizer.vocab_size)
     result = hellaswag.evaluate(model, examples, "cpu")
     total, mean = plain_losses(model, examples)
@@ -197,31 +189,31 @@ def write_lines(path, *lines):
 
 
 MALFORMED = {
-    "not JSON": ("{'ctx': 1}", "is not JSON"),
-    "torn": ('{"ctx": "A man', "is not JSON"),
-    "deeply nested": ("[" * 100_000, "is not JSON"),
-    "no object": ("[1, 2]", "not a JSON object"),
-    "no label": ({k: v for k, v in LINE.items() if k != "label"}, "no 'label'"),
-    "label 4": ({**LINE, "label": 4}, "label 4 is not one of"),
-    "label -1": ({**LINE, "label": -1}, "label -1"),
-    "label text": ({**LINE, "label": "1"}, "label '1'"),
-    "label true": ({**LINE, "label": True}, "label True"),
-    "three endings": ({**LINE, "endings": ["a", "b", "c"]}, "not a list of four"),
-    "endings text": ({**LINE, "endings": "abcd"}, "not a list of four"),
-    "empty ending": ({**LINE, "endings": ["a", "b", "", "d"]}, "ending 2 is not a text"),
-    "blank ending": ({**LINE, "endings": ["a", "b", "c", " \n"]}, "ending 3 is not a text"),
-    "ending number": ({**LINE, "endings": ["a", 2, "c", "d"]}, "ending 1 is not a text"),
-    "empty context": ({**LINE, "ctx": " "}, "'ctx' is not a text"),
+    "not JSON": "{'ctx': 1}",
+    "torn": '{"ctx": "A man',
+    "deeply nested": "[" * 100_000,
+    "no object": "[1, 2]",
+    "no label": {k: v for k, v in LINE.items() if k != "label"},
+    "label 4": {**LINE, "label": 4},
+    "label -1": {**LINE, "label": -1},
+    "label text": {**LINE, "label": "1"},
+    "label true": {**LINE, "label": True},
+    "three endings": {**LINE, "endings": ["a", "b", "c"]},
+    "endings text": {**LINE, "endings": "abcd"},
+    "endings null": {**LINE, "endings": None},
+    "empty ending": {**LINE, "endings": ["a", "b", "", "d"]},
+    "blank ending": {**LINE, "endings": ["a", "b", "c", " \n"]},
+    "ending number": {**LINE, "endings": ["a", 2, "c", "d"]},
+    "empty context": {**LINE, "ctx": " "},
 }
 
 
-@pytest.mark.parametrize("line, message", MALFORMED.values(), ids=MALFORMED.keys())
-def test_a_malformed_line_is_named(tmp_path, line, message):
+@pytest.mark.parametrize("line", MALFORMED.values(), ids=MALFORMED.keys())
+def test_a_malformed_line_is_named(tmp_path, line):
     path = write_lines(tmp_path / "h.jsonl", LINE, "", line)
-    with pytest.raises(UserError, match="line 3") as error:
+    with pytest.raises(UserError, match=r"h\.jsonl line 3 is not a HellaSwag example"):
         hellaswag.load_examples(path)
-    assert message in str(error.value)
-    assert len(hellaswag.load_examples(path, limit=1)) == 1  # what is not asked for is not read
+    assert len(hellaswag.load_examples(path, limit=1)) == 1  # lines beyond the limit are not read
 
 
 @pytest.mark.parametrize("text", ["", "\n \n"])
@@ -232,13 +224,11 @@ def test_a_file_without_examples_is_refused(tmp_path, text):
         hellaswag.load_examples(path)
 
 
-def test_invalid_utf8_missing_file_folder_and_limit(tmp_path):
+def test_invalid_utf8_missing_file_and_folder(tmp_path):
     (tmp_path / "h.jsonl").write_bytes(json.dumps(LINE).encode() + b'\n{"ctx": "\xff"}\n')
-    for path, message in [("h.jsonl", "line 2 is not JSON"), ("none.jsonl", "--data FILE"), (".", "--data FILE")]:
+    for path, message in [("h.jsonl", "line 2 is not"), ("none.jsonl", "--flag FILE"), (".", "--flag FILE")]:
         with pytest.raises(UserError, match=message):
-            hellaswag.load_examples(tmp_path / path)
-    with pytest.raises(UserError, match="--limit"):
-        hellaswag.load_examples(tmp_path / "h.jsonl", limit=0)
+            hellaswag.load_examples(tmp_path / path, flag="--flag")
 
 
 def test_a_block_size_that_predicts_nothing_is_refused():
@@ -254,7 +244,7 @@ def test_tokens_are_those_of_the_context_and_of_a_space_and_the_ending():
     assert tokenizer.encode_ordinary(LINE["ctx"] + " bakes bread.") == [*example.context, *example.endings[0]]
 
 
-# ---- the download, from a server of our own
+# ---- the download, from a local server
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -287,12 +277,41 @@ def test_the_file_is_downloaded_once(tmp_path, monkeypatch, server):
 
 
 @pytest.mark.parametrize("name", ["missing", "torn", "nobody"])
-def test_a_download_that_fails_leaves_nothing_and_says_what_helps(tmp_path, monkeypatch, server, name):
+def test_a_failed_download_leaves_nothing_and_names_the_flag(tmp_path, monkeypatch, server, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:1/" if name == "nobody" else f"{server}/{name}")
     with pytest.raises(UserError, match="--data FILE"):
         hellaswag.load_examples()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_silent_server_ends_the_download(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(UserError, match=r"timed out.*--data FILE"):
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        hellaswag.download(url, tmp_path / "h.jsonl", "--data", timeout=0.2)
+
+
+# ---- in training
+
+ALONE = Machine(torch.device("cpu"), torch.float32, rank=0, world_size=1, fsdp=False)
+
+
+def load_for_training(path, machine=ALONE, every=1):
+    said = []
+    return hellaswag.load_for_training(path, 3, get_tokenizer("bytes"), every, machine, said.append), said
+
+
+def test_training_continues_without_hellaswag_only_if_no_file_was_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hellaswag, "URL", "http://127.0.0.1:1/")
+    assert load_for_training("none.jsonl", every=0) == (None, [])
+    examples, said = load_for_training("")
+    assert examples is None and len(said) == 1 and "no HellaSwag in this run" in said[0]
+    assert "--hellaswag_data FILE" in said[0]
+    with pytest.raises(UserError, match="--hellaswag_data FILE"):
+        load_for_training("none.jsonl")
+    examples, said = load_for_training(str(REAL))
+    assert len(examples) == 3 and said == []
 
 
 # ---- several ranks
@@ -301,37 +320,57 @@ WORKER = """
 import json, sys, torch, torch.distributed as dist
 import common, hellaswag, test_hellaswag as t
 torch.set_num_threads(1)
+hellaswag.URL = "http://127.0.0.1:1/"
 rank, address, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
 share = {"batch_tokens": 300, "rank": rank, "world_size": 2}
-json.dump([t.what_all_ranks_know(*case, **share) for case in t.shared_cases()], open(out, "w"))
+results = [t.result_on_a_rank(*case, **share) for case in t.shared_cases()]
+json.dump([results, t.what_a_rank_loads(rank)], open(out, "w"))
 dist.destroy_process_group()
 common.exit_now(0)
 """
 
 
 def shared_cases():
-    """A model with 12 examples, and with a single one, of which the second rank has no part."""
+    """A model with 12 examples, and with a single one, which leaves nothing for the second rank."""
     return [(overflowing_moe(block_size=60), random_examples(12)), (overflowing_moe(), random_examples(1))]
 
 
-def what_all_ranks_know(model, examples, **share):
+def result_on_a_rank(model, examples, **share):
     total, _, _ = hellaswag.ending_losses(model, examples, "cpu", **share)
     return total.tolist(), hellaswag.evaluate(model, examples, "cpu", **share)._replace(seconds=0)
 
 
+def what_a_rank_loads(rank):
+    """Of a file that rank 0 alone has, of a download that fails, and of a file that is not there."""
+    machine = ALONE._replace(rank=rank, world_size=2)
+    outcomes = [
+        load_for_training(str(REAL if rank == 0 else "elsewhere.jsonl"), machine),
+        load_for_training("", machine),
+    ]
+    try:
+        load_for_training("none.jsonl", machine)
+    except UserError as error:
+        outcomes.append(str(error))
+    return outcomes
+
+
+@pytest.mark.slow
 def test_two_ranks_give_the_result_of_one(tmp_path):
     env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     address, outs = (tmp_path / "meeting").as_uri(), [tmp_path / f"{rank}.json" for rank in range(2)]
     workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), address, str(out)], env=env)
+        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), address, str(out)], env=env, cwd=tmp_path)
         for rank, out in enumerate(outs)
     ]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
+    assert [worker.wait(timeout=600) for worker in workers] == [0, 0]
     first, second = (json.loads(out.read_text()) for out in outs)
     assert first == second
-    for case, (total, result) in zip(shared_cases(), first, strict=True):
-        alone_total, alone_result = what_all_ranks_know(*case)
+    results, ((examples, said), (nothing, reasons), refused) = first
+    assert len(examples) == 3 and not said
+    assert nothing is None and len(reasons) == 1 and "none.jsonl" in refused
+    for case, (total, result) in zip(shared_cases(), results, strict=True):
+        alone_total, alone_result = result_on_a_rank(*case)
         assert result == list(alone_result) and np.allclose(total, alone_total, rtol=1e-5)
 
 
@@ -353,30 +392,42 @@ def folder(tmp_path_factory):
     return folder
 
 
-def script(folder, *args):
+def script(folder, *args, **options):
     command = [sys.executable, str(ROOT / "hellaswag.py"), *args]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "timeout": 600, **options}
+    return subprocess.run(command, cwd=folder, **options)
 
 
-def test_the_script_writes_what_it_prints(folder):
-    done = script(folder, "--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--out", "out.json", "--device", "cpu")
+RUN = ["--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--device", "cpu"]
+
+
+def test_the_script_writes_what_it_prints(folder, capsys):
+    done = script(folder, *RUN, "--out", "out.json", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
     out = json.loads((folder / "out.json").read_text())
     examples = hellaswag.tokenize([LINE, {**LINE, "label": 0}], get_tokenizer("bytes"))
     result = hellaswag.evaluate(tiny(block_size=32), examples, "cpu")
     assert {**out, "seconds": 0} == {"model": "step_000001.pt", **result._asdict(), "seconds": 0}
     assert out.keys() >= {"acc", "acc_norm", "stderr", "n", "predictions"} and out["cropped"] == 2
-    assert f"acc_norm  {result.acc_norm:.4f} ± {result.stderr:.4f}" in done.stdout and "2 cropped" in done.stdout
+    assert f"acc_norm  {result.acc_norm:.4f} +/- {result.stderr:.4f}" in done.stdout and "2 cropped" in done.stdout
+    hellaswag.report(result)
+    assert f"acc_norm  {result.acc_norm:.4f} ± {result.stderr:.4f}" in capsys.readouterr().out
 
 
 WRONG = {
     "no model": (["--data", "h.jsonl"], "--checkpoint PATH or --init_from"),
     "two models": (["--checkpoint", "step_000001.pt", "--init_from", "gpt2"], "--checkpoint PATH or --init_from"),
     "no checkpoint": (["--checkpoint", "none.pt", "--data", "h.jsonl"], "none.pt"),
-    "bad line": (["--checkpoint", "step_000001.pt", "--data", "bad.jsonl"], "bad.jsonl line 2: label 7"),
+    "bad line": (["--checkpoint", "step_000001.pt", "--data", "bad.jsonl"], "bad.jsonl line 2"),
     "small vocabulary": (["--checkpoint", "small.pt", "--data", "h.jsonl"], "knows 100 tokens"),
     "not finite": (["--checkpoint", "nan.pt", "--data", "h.jsonl"], "not finite"),
-    "out": (["--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--out", "no/such/out.json"], "--out"),
+    "out": (["--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--out", "no/such/out.json"], "No such file"),
+    "out read-only": (
+        ["--checkpoint", "step_000001.pt", "--out", "/proc/out.json"],
+        "--out /proc/out.json: its folder",
+    ),
+    "out device": (["--checkpoint", "step_000001.pt", "--out", os.devnull], "is not a file"),
+    "out folder": (["--checkpoint", "step_000001.pt", "--out", "."], "--out . is not a file"),
     "device": (["--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--device", "abacus"], "--device abacus"),
     "limit": (["--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--limit", "0"], "--limit"),
     "budget": (["--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--batch_tokens", "0"], "--batch_tokens"),
@@ -384,8 +435,8 @@ WRONG = {
 
 
 @pytest.mark.parametrize("args, message", WRONG.values(), ids=WRONG.keys())
-def test_what_the_user_must_change_is_one_line_and_exit_code_2(folder, args, message, monkeypatch, capsys):
-    """In this process, to save ten starts; one case runs as a process below."""
+def test_a_user_error_is_one_line_and_exit_code_2(folder, args, message, monkeypatch, capsys):
+    """In this process, to save the starts."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["hellaswag.py", *args])
     with pytest.raises(SystemExit) as stop:
@@ -395,6 +446,30 @@ def test_what_the_user_must_change_is_one_line_and_exit_code_2(folder, args, mes
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
-def test_a_mistake_ends_the_script_with_2(folder):
-    done = script(folder, "--checkpoint", "step_000001.pt", "--data", "bad.jsonl")
-    assert done.returncode == 2 and done.stdout == "" and done.stderr.startswith("error: bad.jsonl line 2: label 7")
+def test_a_batch_larger_than_the_memory_is_refused():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(64, 257, n_layer=1, n_head=1, n_embd=2**26))
+    args = hellaswag.Args(batch_tokens=10**9)
+    with pytest.raises(UserError, match=r"--batch_tokens .* MiB of memory, .* MiB are free"):
+        hellaswag.check_memory(model, random_examples(40), args, torch.device("cpu"))
+    hellaswag.check_memory(tiny(), random_examples(40), args, torch.device("cpu"))
+
+
+def test_a_full_disk_is_found_before_the_evaluation(folder, tmp_path):
+    resource = pytest.importorskip("resource")  # Unix
+
+    def no_file_beyond_10_kB():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+
+    done = script(
+        folder, "--checkpoint", "none.pt", "--out", str(tmp_path / "out.json"), preexec_fn=no_file_beyond_10_kB
+    )
+    assert done.returncode == 2 and done.stderr.startswith(f"error: --out {tmp_path}") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_result_is_written_where_stdout_is_full(folder):
+    with open("/dev/full", "w") as full:
+        done = script(folder, *RUN, "--out", "full.json", stdout=full)
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1] == "error: No space left on device"
+    assert json.loads((folder / "full.json").read_text())["n"] == 2

@@ -1,6 +1,7 @@
 """sample.py: a cache that is exact, draws from the right distribution, text that arrives in pieces."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -59,7 +60,7 @@ PROMPT = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
 @torch.no_grad()
 def logits_from_the_start(model, idx):
-    """nanoGPT's way: every token again, cropped to the last block_size."""
+    """As nanoGPT: all of the last block_size tokens again."""
     return model(idx[:, -model.config.block_size :], dropless=True).logits[:, -1]
 
 
@@ -141,7 +142,8 @@ def test_draws_follow_a_plain_implementation(temperature, top_k, top_p):
 
 def test_rows_are_filtered_each_by_itself():
     logits = torch.tensor([[0.0, 5.0, 0.0], [5.0, 0.0, 0.0], [0.0, 0.0, 5.0]])
-    for settings in ({"top_k": 1}, {"top_p": 0.5}, {"temperature": 0}, {"temperature": 1e-30}):
+    for settings in ({"top_k": 1}, {"top_p": 0.5}, {"temperature": 0}, {"temperature": 1e-30}, {"temperature": 1e-320},
+                     {"top_p": 1e-320}):  # fmt: skip
         assert sample.sample_next(logits, generator=seeded(), **settings).tolist() == [1, 0, 2]
 
 
@@ -187,19 +189,100 @@ def test_no_tokens_and_wrong_settings():
     for settings in ({"temperature": -1}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}):
         with pytest.raises(UserError, match=next(iter(settings))):
             sample.generate(model, PROMPT, 1, **settings)
-    with pytest.raises(ValueError, match="at least one token"):
+    with pytest.raises(ValueError, match="empty"):
         sample.generate(model, PROMPT[:, :0], 1)
+
+
+def test_a_broken_model_is_told_from_other_errors():
+    model = small_model().train()
     model.transformer.ln_f.weight.data.fill_(float("nan"))
-    with pytest.raises(UserError, match="not finite"):
-        sample.generate(model.train(), PROMPT, 1)
-    assert model.training
+    with pytest.raises(sample.BrokenModel, match="not finite"):
+        sample.generate(model, PROMPT, 1)
+    assert model.training and issubclass(sample.BrokenModel, UserError)
+
+
+def test_an_empty_prompt_begins_a_document():
+    model, eot = small_model(), 7
+    begun = sample.generate(model, torch.full((2, 1), eot), 5, generator=seeded(), eot=eot)[:, 1:]
+    for nothing in (torch.tensor([[], []]), PROMPT[:, :0]):  # an empty list gives a float tensor
+        tokens = sample.generate(model, nothing, 5, generator=seeded(), eot=eot)
+        assert tokens.dtype == torch.int64 and torch.equal(tokens, begun)
+
+
+# -- devices and ranks
+
+
+def test_cudnn_is_off_inside_the_context_and_for_cuda_alone():
+    def kernels():
+        cuda = torch.backends.cuda
+        return (
+            cuda.cudnn_sdp_enabled(),
+            cuda.flash_sdp_enabled(),
+            cuda.mem_efficient_sdp_enabled(),
+            cuda.math_sdp_enabled(),
+        )
+
+    assert kernels() == (True,) * 4
+    with sample.attention_without_cudnn(torch.device("cuda")):
+        assert kernels() == (False, True, True, True)
+    with sample.attention_without_cudnn(torch.device("cpu")):
+        assert kernels() == (True,) * 4
+
+
+def test_autocast_reaches_the_cache_and_the_logits():
+    """The script draws in bfloat16 on CUDA; here on the CPU."""
+    model = small_model(n_exp=4).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = model.new_cache(2)
+        logits = sample.next_logits(model, PROMPT, cache)
+        assert logits.dtype == cache.keys[0].dtype == torch.bfloat16
+        assert sample.generate(model, PROMPT, 30, generator=seeded()).shape == (2, 35)
+
+
+WORKER = """
+import json, sys, torch, torch.distributed as dist
+import common, sample, test_sample as t
+torch.set_num_threads(1)
+rank, address, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+json.dump(t.samples_of_a_rank(rank), open(out, "w"))
+dist.destroy_process_group()
+common.exit_now(0)
+"""
+
+
+def samples_of_a_rank(rank):
+    """Samples with a seed of its own, and whether a model that is broken on rank 0 alone is broken."""
+    model = small_model()
+    texts = sample.generate(model, PROMPT, 200, temperature=2.0, generator=seeded(rank), eot=7).tolist()
+    if rank == 0:
+        model.transformer.ln_f.weight.data.fill_(float("nan"))
+    try:
+        sample.generate(model, PROMPT, 5)
+    except sample.BrokenModel:
+        return texts, True
+    return texts, False
+
+
+@pytest.mark.slow
+def test_ranks_that_would_draw_otherwise_end_together(tmp_path):
+    alone = [sample.generate(small_model(), PROMPT, 200, temperature=2.0, generator=seeded(s), eot=7) for s in (0, 1)]
+    assert alone[0].shape != alone[1].shape, "choose seeds that end apart"
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    outs = [tmp_path / f"{rank}.json" for rank in range(2)]
+    workers = [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), (tmp_path / "meeting").as_uri(), str(out)], env=env)
+        for rank, out in enumerate(outs)
+    ]
+    assert [worker.wait(timeout=600) for worker in workers] == [0, 0]
+    assert [json.loads(out.read_text()) for out in outs] == [[alone[0].tolist(), True]] * 2
 
 
 # -- printing
 
 
 def printed(texts, capsys, prompt="", eot=True, stop_after=None):
-    """What is on the screen after each step when the rows of tokens are the bytes of `texts`."""
+    """The screen after each step when the rows of tokens are the bytes of `texts`."""
     tokenizer = get_tokenizer("bytes")
     rows = [[*text.encode(), *([tokenizer.eot] if eot else [])] for text in texts]
     n, screens = max(map(len, rows)), []
@@ -236,7 +319,7 @@ def test_samples_are_printed_one_after_another(capsys):
     assert screens == [">a", "b", f"{line}>cde", "f", "g", f"{line}>h"]
 
 
-def test_an_interrupt_prints_what_there_is(capsys):
+def test_an_interrupt_prints_the_text_so_far(capsys):
     screens, rest = printed(["abcd", "efgh"], capsys, prompt=">", stop_after=2)
     assert "".join(screens) + rest == f">ab\n{sample.RULE}\n>ef\n"
 
@@ -256,7 +339,7 @@ def run_folder(tmp_path_factory):
 
 
 def script(*flags, **options):
-    options = {"capture_output": True, "timeout": 120, **options}
+    options = {"capture_output": True, "timeout": 600, **options}
     return subprocess.run([sys.executable, "sample.py", *map(str, flags)], cwd=ROOT, **options)
 
 
@@ -291,7 +374,7 @@ def test_the_script_takes_a_file_longer_than_the_window(run_folder, tmp_path):
     assert b"of the prompt's 37 tokens the model sees the last 16" in result.stderr
 
 
-def test_wrong_inputs_exit_2_and_say_what_mends_it(main, run_folder, tmp_path, capsys):
+def test_wrong_inputs_exit_2_and_name_the_fix(main, run_folder, tmp_path, capsys):
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "foreign.pt").write_bytes(b"hello")
     for name, config in (("alien", {"tokenizer": "klingon"}), ("narrow", {"tokenizer": "gpt2"})):
@@ -313,9 +396,10 @@ def test_wrong_inputs_exit_2_and_say_what_mends_it(main, run_folder, tmp_path, c
         ([*run, "--temperature", "-0.1"], "temperature must be"),
         ([*run, "--temperature", "nan"], "temperature must be"),
         ([*run, "--top_k", "0"], "top_k must be"),
-        ([*run, "--top_p", "0"], "top_p must lie"),
-        ([*run, "--top_p", "1.01"], "top_p must lie"),
+        ([*run, "--top_p", "0"], "top_p must be"),
+        ([*run, "--top_p", "1.01"], "top_p must be"),
         ([*run, "--num_samples", "0"], "num_samples"),
+        ([*run, "--num_samples", "9" * 400], "MiB are free: set --num_samples to"),
         ([*run, "--max_new_tokens", "-1"], "max_new_tokens"),
         ([*run, "--seed", "-1"], "seed"),
         ([*run, "--device", "abacus"], "--device abacus"),
@@ -330,11 +414,11 @@ def test_wrong_inputs_exit_2_and_say_what_mends_it(main, run_folder, tmp_path, c
     assert b"--temperature" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
-def test_ctrl_c_prints_what_it_has_and_exits_130(run_folder):
+def test_ctrl_c_prints_the_text_so_far_and_exits_130(run_folder):
     command = [sys.executable, "sample.py", "--checkpoint", str(run_folder), "--prompt", "start", "--num_samples", "2",
                "--max_new_tokens", "1000000", "--temperature", "0"]  # fmt: skip
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        killer = threading.Timer(100, process.kill)
+        killer = threading.Timer(600, process.kill)
         killer.start()
         seen = process.stdout.read(20)  # it streams: text is here long before the end
         time.sleep(0.3)
@@ -349,5 +433,11 @@ def test_ctrl_c_prints_what_it_has_and_exits_130(run_folder):
 
 def test_a_reader_that_leaves_is_no_error(run_folder):
     command = f"{sys.executable} sample.py --checkpoint {run_folder} --max_new_tokens 9999 --temperature 0 | head -c 20"
-    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, timeout=120)
+    result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, timeout=600)
     assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_a_full_stdout_is_one_line_and_exit_code_2(run_folder):
+    with open("/dev/full", "w") as full:
+        result = script("--checkpoint", run_folder, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (result.returncode, result.stderr) == (2, b"error: No space left on device\n")
