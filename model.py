@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import AboveZero, Fraction, NotNegative, Positive, Rate, find_bad_setting
+from common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, find_bad_setting
 from kernels import (
     Combine,
     Dispatch,
