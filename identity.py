@@ -38,7 +38,7 @@ class Role(NamedTuple):
 Uncounted = Annotated[T, Role(counts=False, fixed=False)]
 Changeable = Annotated[T, Role(counts=True, fixed=False)]
 
-# The values of build-gpt2-moe, and the neutral value of the settings that are new here. A setting that is missing counts
+# The values of build-gpt2-moe, and neutral values of the settings that are new here. A setting that is missing counts
 # when it is not at its default: a new trick, off by default, leaves names and identities of all other runs as they are.
 PUBLISHED = {
     "block_size": None, "vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768, "bias": True, "dropout": 0.0,
