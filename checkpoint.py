@@ -367,8 +367,6 @@ def open_model(checkpoint, init_from, device):
 def config_of(fields, source):
     """GPTConfig of the dict `fields`; UserError, naming `source`, for values that no model can have."""
     try:
-        if none := [name for name, value in fields.items() if value is None]:
-            raise ValueError(f"{none[0]} has no value")
         return GPTConfig(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: no such model: {error}") from None

@@ -191,13 +191,17 @@ def find_bad_setting(settings):
     for name, hint in hints(type(settings)).items():
         value = getattr(settings, name)
         if value is None:
+            if type(None) not in parts(hint):
+                return name, "has no value"
             continue
-        choices = literal_choices(hint)
-        if choices and value not in choices:
-            return name, f"must be one of {', '.join(choices)}, not {value!r}"
         kinds = {kind for kind in (int, float, bool, str) if kind in parts(hint)}
+        choices = literal_choices(hint)
+        if value in choices:
+            continue
+        if choices and not kinds:
+            return name, f"must be one of {', '.join(choices)}, not {value!r}"
         if kinds and type(value) not in kinds | ({int} if float in kinds else set()):
-            return name, f"must be {' or '.join(sorted(kind.__name__ for kind in kinds))}, not {value!r}"
+            return name, f"must be {' or '.join([*sorted(kind.__name__ for kind in kinds), *choices])}, not {value!r}"
         for limits in metadata(hint, Range):
             if not limits.holds(value):
                 return name, f"must be {limits}, not {value}"
@@ -238,6 +242,9 @@ NANOGPT_FLAGS = {"learning_rate": "max_lr", "batch_size": "B", "max_iters": "max
                  "lr_decay_iters": "max_steps", "block_size": "T"}  # fmt: skip
 
 
+OLD_WORDS = {"global": "global is called step now, and counts over the micro-batches of the step too"}
+
+
 def parse_error(box, argv):
     """One line out of tyro's error box: the text between its frame and its first rule (tyro is pinned for this)."""
     lines = [line.strip(" │") for line in box.splitlines()]
@@ -251,7 +258,8 @@ def parse_error(box, argv):
             message += f" - did you mean {f'--{ours}' if ours else nearest}?"
         elif any(word.lower().split("=")[-1] in ("true", "false") for word in argv):
             message += " - switches are --flag and --no_flag, without a value"
-    return f"{message} (see {os.path.basename(sys.argv[0])} --help)"
+    message += next((f" - {hint}" for word, hint in OLD_WORDS.items() if f"'{word}'" in message), "")
+    return f"{message} (see {os.path.basename(sys.argv[0]).replace('__main__.py', 'python -m bench')} --help)"
 
 
 def help_text(args_class):

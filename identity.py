@@ -59,13 +59,21 @@ def role(hint):
 
 def counted_settings(args):
     """{name: value} of the settings of train_single_gpu.Args that count; without those that a dense model ignores."""
-    ignored = args.moe_fields() if args.n_exp == 1 else ()
-    counted = {name: getattr(args, name) for name, hint in hints(type(args)).items() if role(hint).counts}
+    of_moe = args.moe_fields() if args.n_exp == 1 else ()
+    counted = [name for name, hint in hints(type(args)).items() if role(hint).counts and name not in of_moe]
     return {
-        name: value
-        for name, value in counted.items()
-        if name not in ignored and (name in PUBLISHED or value != getattr(type(args), name))
+        name: getattr(args, name) for name in counted if name in PUBLISHED or getattr(args, name) != neutral(args, name)
     }
+
+
+def neutral(args, name):
+    """The published value of a setting, or the default of one that the published table does not have."""
+    return PUBLISHED[name] if name in PUBLISHED else getattr(type(args), name)
+
+
+def ignored_settings(args):
+    """The settings of the mixture of experts that were given for a dense model."""
+    return [name for name in args.moe_fields() if args.n_exp == 1 and getattr(args, name) != neutral(args, name)]
 
 
 def settings_of(args):

@@ -204,6 +204,7 @@ def train_step(run):
     args, machine, raw_model, step = run.args, run.machine, run.raw_model, run.progress.step
     micro_steps = args.total_batch_size // (args.B * args.T * machine.world_size)
     losses, tables = {}, []
+    raw_model.start_step()
     for i in range(micro_steps):
         if i and run.stop.requested and machine.world_size == 1:
             run.optimizer.zero_grad(set_to_none=True)
@@ -226,8 +227,7 @@ def train_step(run):
     applied = all(map(math.isfinite, losses.values())) and math.isfinite(grad_norm)
     if applied:
         run.optimizer.step()
-        if tables and args.use_bias_balance:
-            raw_model.update_balance_bias(table)
+        raw_model.update_balance_bias(table)
     run.optimizer.zero_grad(set_to_none=True)
     return StepResult(losses.pop("ce_loss"), losses, grad_norm, stop, late, applied, raw_model.router_stats(table))
 

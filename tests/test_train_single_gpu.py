@@ -74,7 +74,7 @@ def test_settings_reach_the_model(train):
         "use_aux_loss": True, "use_router_z_loss": True, "use_bias_balance": True, "aux_loss_weight": 0.5,
         "router_z_loss_weight": 0.25, "train_capacity": 3.0, "eval_capacity": math.inf, "min_capacity": 7,
         "use_switch_tfm_init": True, "switch_tfm_init_scale": 0.1, "router_use_full_prec": True, "dropout": 0.1,
-        "bias": False, "balance_scope": "global", "block_size": 48,
+        "bias": False, "balance_scope": "step", "block_size": 48,
     }  # fmt: skip
     train(**unlike, max_steps=1, name="unlike")
     model, _ = checkpoint.load_model("checkpoints/unlike_test_seed_1337/step_000001.pt")
