@@ -14,7 +14,9 @@ lint: .venv/dev
 	.venv/bin/ruff format --check .
 
 figures: .venv/dev
-	MPLBACKEND=Agg $(RUN) -c "import nbformat, nbclient; nbclient.NotebookClient(nbformat.read('plot_results.ipynb', as_version=4)).execute()"
+	MPLBACKEND=Agg $(RUN) -c "import nbformat, nbclient; n = nbformat.read('plot_results.ipynb', as_version=4); \
+	nbclient.NotebookClient(n).execute(); \
+	print(*(o.text for c in n.cells for o in c.get('outputs', []) if o.get('name') == 'stdout'), sep='', end='')"
 
 bench: .venv/run
 	for part in step scale moe tokenize loader hellaswag sample; do $(RUN) -m bench $$part || exit; done
