@@ -420,7 +420,7 @@ def test_finished_runs_are_passed_over_and_failures_do_not_stop_the_others(call,
 
 @pytest.mark.slow
 def test_a_run_is_never_filed_under_other_settings(call, tmp_path, shards):
-    """The first two faults of an audit: another folder for the logs, and the same one, with another learning rate."""
+    """Another learning rate, with the logs in another folder, and in the same one."""
     argv = (
         "--variants",
         "no_moe",
