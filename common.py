@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import signal
 import socket
 import sys
 import typing
@@ -46,6 +47,9 @@ def run(main):
     Any other exception is a bug and keeps its traceback.
     """
     code = DONE
+    for stream in (sys.stdout, sys.stderr):  # names of files and texts that the terminal cannot encode
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main() or DONE
         sys.stdout.flush()
@@ -65,8 +69,7 @@ def run(main):
 def fail(error):
     """Print the one line of an error. Of one that all ranks meet, rank 0 alone does."""
     if not isinstance(error, SharedError) or os.environ.get("RANK", "0") == "0":
-        text = "error: " + " ".join(str(error).split())
-        print(text.encode(errors="backslashreplace").decode(), file=sys.stderr)
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
     return USER_ERROR
 
 
@@ -94,6 +97,24 @@ sys.excepthook = exit_quietly_on_interrupt
 # Idle OpenMP threads sleep instead of spinning: beside one other busy process spinning costs a factor of 4
 # (results/bench/README.md). Read when torch loads its OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class Stop:
+    """Set by SIGTERM, SIGINT or SIGHUP: the loop finishes its step, saves and ends. A second SIGINT ends at once."""
+
+    def __init__(self):
+        self.requested = False
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), self)
+
+    def __call__(self, signum, frame):
+        if self.requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.requested and world()[0] == 0:
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping: a checkpoint is saved first; Ctrl-C again stops without one\n")
+        self.requested = True
 
 
 def keep_freed_memory():
@@ -148,9 +169,9 @@ def hints(dataclass):
 
 
 def parts(hint):
-    """An annotation and everything inside it: of Annotated[int | None, ...] also int and None."""
+    """An annotation and the alternatives inside it: of Annotated[int | None, ...] also int and None."""
     yield hint
-    if typing.get_origin(hint) is not typing.Literal:
+    if typing.get_origin(hint) not in (typing.Literal, tuple):
         for inner in typing.get_args(hint):
             yield from parts(inner)
 
@@ -228,7 +249,7 @@ def parse_error(box, argv):
         nearest = next((line.split()[0].strip(",") for line in lines[rules[1] :] if re.match("--[a-z]", line)), None)
         if ours or nearest:
             message += f" - did you mean {f'--{ours}' if ours else nearest}?"
-        elif any(word.lower() in ("true", "false") for word in argv) or "=" in message:
+        elif any(word.lower().split("=")[-1] in ("true", "false") for word in argv):
             message += " - switches are --flag and --no_flag, without a value"
     return f"{message} (see {os.path.basename(sys.argv[0])} --help)"
 

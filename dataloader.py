@@ -54,7 +54,7 @@ class Shard(NamedTuple):
 
 
 def bad_shard(path, reason):
-    remedy = f"delete {path.parent} and run its fineweb.py command again, or pass another --data_root"
+    remedy = f"delete {path.parent} and run its fineweb.py command again, or choose another folder"
     return UserError(f"{path}: {reason}; {remedy}")
 
 

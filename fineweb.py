@@ -2,26 +2,24 @@
 
     python fineweb.py                                          # FineWeb-Edu sample-10BT, streamed, to edu_fineweb10B/
     python fineweb.py --max_tokens 1_000_000_000               # its first billion tokens
-    python fineweb.py --pretokenized kjj0/finewebedu10B-gpt2   # the same, ready-made: saves hours
+    python fineweb.py --pretokenized kjj0/finewebedu10B-gpt2 --out edu_fineweb10B  # ready shards of it: saves hours
     python fineweb.py --dataset Skylion007/openwebtext         # any text of the Hub, or a folder of parquet files
     python fineweb.py --files notes/ books.jsonl.zst           # local text
-    python fineweb.py --stdlib --tokenizer bytes --out data/b  # the Python standard library: no download at all
+    python fineweb.py --stdlib --tokenizer bytes --out data/bytes  # the Python standard library: no download, for a CPU
 
 Shards are `shard_{val,train}_{index:06d}.npy`: uint16, one dimension, the end-of-text token before each document; a
 document may span shards. Shard 0 is val, the first part of the text. `meta.json` beside them holds the settings, the
-counts and the sha256 of each. The order of documents is fixed: equal input gives equal bytes, whatever --workers is.
+counts and the sha256 of each. The order of documents is fixed: equal input gives equal bytes for any --workers.
 
-Kill it at any moment and start it again with the same flags: a shard appears whole or not at all, and after each one
-meta.json says where in the text the next begins, so at most one shard is tokenized twice.
+The same command continues a killed one. A shard appears whole or not at all, and after each one meta.json records where
+in the text the next begins, so that at most one shard is tokenized twice.
 
-A text longer than half a million characters is encoded in pieces, cut where GPT-2's split into words cuts anyway, so
-the tokens are the same. Only half a million characters without any such place (no spaces) are cut where they stand.
+A text longer than half a million characters is encoded in pieces, cut where GPT-2's split into words cuts too, so that
+the tokens are the same. If half a million characters hold no such place (no spaces), they are cut anyway.
 
-Speed against the usual recipe (`Pool.imap` over `encode_ordinary`, an array for each document), 2 workers, 30 MB each,
-start of the workers included: 1.25-1.9x less CPU time on English prose, 1.3-2.4x on Python source (`bench.py
-tokenize`). It comes from the split of tokenizer.py, from half a million characters a task and from forking rather than
-spawning (0.5 s a worker).
-Dropped: threads, which wait for each other outside tiktoken (2 of them no faster than 1).
+Faster than the common recipe (`Pool.imap` over `encode_ordinary`, one array per document) because of the word split of
+tokenizer.py, tasks of half a million characters and forked workers; results/bench/README.md has the numbers. Tried and
+dropped: threads, which wait for each other outside tiktoken.
 """
 
 import collections
@@ -35,41 +33,48 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 from tqdm import tqdm
 
 import common
-from common import UserError, atomic_write, lock
+import dataloader
+from common import Fraction, Positive, Range, UserError, atomic_write, lock
 from textfiles import checked_text, find_files, missing_column, read_documents, stdlib_files
 from tokenizer import SPACE, get_tokenizer
 
 FINEWEB = "HuggingFaceFW/fineweb-edu"
-PIECE = 500_000  # characters given to the tokenizer at once, and to a worker: 30 ms of work, 2 MB on its way
+PIECE = 500_000  # characters per call of the tokenizer and per task of a worker: tens of milliseconds of work
 PRETOKENIZED_SHARD = 100_000_000  # tokens in each shard of kjj0/finewebedu10B-gpt2
-BIN_MAGIC, BIN_HEADER = 20240520, 1024  # of llm.c's and modded-nanogpt's .bin shards
 
 
 @dataclass
 class Args:
-    dataset: str | None = None  # data set of the Hub, or a folder of its files (default HuggingFaceFW/fineweb-edu)
-    config: str | None = None  # its configuration (FineWeb-Edu: sample-10BT)
-    split: str | None = None  # its split (default train)
+    # Source: one of these
+    dataset: str | None = None  # data set of the Hub, or folder of its files (default HuggingFaceFW/fineweb-edu)
+    files: tuple[str, ...] | None = None  # local files and folders: .txt .md .py .jsonl, .gz .zst of them, .parquet
+    stdlib: bool = False  # the .py files of Python's standard library
+    pretokenized: str | None = None  # repository of the Hub with ready GPT-2 shards
+
+    # Parts of the source
+    config: str | None = None  # configuration of --dataset (FineWeb-Edu: sample-10BT)
+    split: str | None = None  # split of --dataset (default train)
     column: str | None = None  # column or JSON key that holds the text (default text)
-    files: tuple[str, ...] = ()  # local files and folders instead: .txt .md .py .jsonl .parquet, and .gz .zst of them
-    stdlib: bool = False  # the .py files of Python's own standard library instead
-    pretokenized: str | None = None  # fetch ready GPT-2 shards from this repository of the Hub instead
+
+    # Shards
     out: str | None = None  # folder of the shards (default edu_fineweb10B for FineWeb-Edu, else data/<source>)
-    tokenizer: str = "gpt2"  # gpt2 or bytes
-    shard_size: int = 100_000_000  # tokens in a shard; the last one has what is left
-    max_tokens: int | None = None  # stop after so many tokens, val included (default: all)
-    val_fraction: float | None = None  # val's part of the text; 0: the whole first shard (default: 0.05 for local text)
-    workers: int | None = None  # processes that tokenize (default: one a core, at most 8)
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"  # tokenizer, 50,257 or 257 tokens
+    shard_size: Annotated[int, Range(at_least=2)] = 100_000_000  # tokens per shard; the last one holds the rest
+    max_tokens: Annotated[int, Range(at_least=4)] | None = None  # tokens to write, val included (default all)
+    val_fraction: Fraction | None = None  # val's share of the text; 0: the whole first shard (local text: 0.05)
+    workers: Positive | None = None  # processes that tokenize (default one per core, at most 8)
 
 
 def main():
@@ -79,14 +84,18 @@ def main():
     source, batches = open_source(args)
     with lock(out, "wait for it, or choose another --out"):
         meta = read_meta(out, new_meta(args, source))
-        if meta["complete"]:
-            print(f"{out} is complete: {summary(meta)}")
-            return
-        if args.pretokenized:
-            fetch_pretokenized(args, out, meta)
-        else:
-            write_shards(args, out, meta, batches)
-    print(f"{out}: {summary(meta)}")
+        state = " is complete" if meta["complete"] else ""
+        if not meta["complete"]:
+            if args.pretokenized:
+                fetch_pretokenized(args, out, meta)
+            else:
+                write_shards(args, out, meta, batches)
+    print(f"{out}{state}: {summary(meta)}\ntrain with: {train_command(out, meta)}")
+
+
+def train_command(out, meta):
+    vocab_size = "" if meta["tokenizer"] == "gpt2" else f" --vocab_size {meta['vocab_size']}"
+    return f"python train_single_gpu.py --data_root {shlex.quote(str(out))}{vocab_size}"
 
 
 def summary(meta):
@@ -98,35 +107,42 @@ def summary(meta):
 
 
 def check_args(args):
-    """Refuse nonsense and fill in the defaults that depend on the source."""
+    """Refuse contradictory settings and fill in the defaults that depend on the source."""
+    for flag in ("dataset", "files", "pretokenized", "config", "split", "column", "out"):
+        values = args.files if flag == "files" else (getattr(args, flag),)
+        if values is not None and (not values or "" in values):
+            raise UserError(f"--{flag} is empty: give a value, or leave it out")
     sources = [flag for flag in ("dataset", "files", "stdlib", "pretokenized") if getattr(args, flag)]
     if len(sources) > 1:
         raise UserError(f"--{sources[0]} and --{sources[1]} are two sources: give one")
     source = sources[0] if sources else "dataset"
     refuse_unused(args, source)
     get_tokenizer(args.tokenizer)
-    for flag in ("shard_size", "max_tokens", "workers"):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value} must be at least 1")
-    if args.max_tokens == 1:
-        raise UserError("--max_tokens 1 leaves nothing to train on")
     if source == "dataset" and args.dataset is None:
         args.dataset, args.config = FINEWEB, args.config or "sample-10BT"
     if args.val_fraction is None:
         args.val_fraction = default_val_fraction(args, source)
-    if not 0 <= args.val_fraction < 1:
-        raise UserError(f"--val_fraction {args.val_fraction} must be at least 0 and below 1")
     if args.val_fraction and source == "dataset" and args.max_tokens is None:
-        raise UserError("--val_fraction of a streamed data set, whose length is not known, needs --max_tokens")
+        raise UserError("--val_fraction of a streamed data set, whose length is unknown, needs --max_tokens")
     args.split, args.column = args.split or "train", args.column or "text"
     args.workers = args.workers or min(cores(), 8)
     args.out = args.out or default_out(args)
+    check_memory(args)
     return args
 
 
+def check_memory(args):
+    """Refuse a shard that does not fit into memory; the memory is reserved, not used, and given back."""
+    tokens = min(args.shard_size, args.max_tokens or math.inf)
+    try:
+        np.empty(tokens, np.uint16)
+    except (MemoryError, ValueError, OverflowError):
+        needed = f"{tokens:,} tokens need {2 * tokens / 1e9:,.0f} GB of memory"
+        raise UserError(f"--shard_size {args.shard_size}: {needed}: pass a smaller one") from None
+
+
 def refuse_unused(args, source):
-    """A flag that the source would silently ignore is a mistake."""
+    """Refuse a flag that the source would ignore."""
     used_by = {
         "config": ("dataset",),
         "split": ("dataset",),
@@ -142,7 +158,7 @@ def refuse_unused(args, source):
 
 
 def default_val_fraction(args, source):
-    """0 (a whole shard, as published) where text is plenty, else 0.05: of Shakespeare one batch, 16 x 1024 tokens."""
+    """0 (a whole shard, as published) for more text than a shard, else 0.05."""
     plenty = source == "dataset" and (args.max_tokens or math.inf) > args.shard_size
     return 0.0 if plenty or source == "pretokenized" else 0.05
 
@@ -160,7 +176,7 @@ def cores():
 
 
 def check_writable(out):
-    """Say so now rather than when the first shard is full. Nothing is created yet."""
+    """Refuse an unwritable --out before any work; nothing is created."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: choose another")
     nearest = next(path for path in (out, *out.absolute().parents) if path.exists())
@@ -169,7 +185,7 @@ def check_writable(out):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources: each gives (description for meta.json, batches), where batches(position) goes on from an earlier position and
+# Sources: each gives (description for meta.json, batches). batches(position) continues from an earlier position and
 # yields (position, [(starts a document, piece of text), ...]).
 
 
@@ -188,14 +204,15 @@ def open_local(args):
     else:
         paths = find_files(args.files)
         source = {"kind": "files", "paths": [str(Path(path)) for path in args.files], "column": args.column}
-    # Names and sizes tell apart, at no cost, an interrupted run's text from text edited since.
+    # Names and sizes show, without reading, that the text was edited since an interrupted run.
     sizes = [f"{name}\0{path.stat().st_size}\n" for name, path in paths]
-    source |= {"files": len(paths), "fingerprint": hashlib.sha256("".join(sizes).encode()).hexdigest()}
+    fingerprint = hashlib.sha256("".join(sizes).encode(errors="surrogateescape")).hexdigest()
+    source |= {"files": len(paths), "fingerprint": fingerprint}
     return source, lambda position=None: local_batches([path for _, path in paths], args.column, position)
 
 
 def local_batches(paths, column, position):
-    """A position is the number of pieces before it: what is skipped is read again, which is cheap next to encoding."""
+    """A position is the number of pieces before it. They are read again, which is cheap compared with encoding."""
     every = (piece for path in paths for chunks in read_documents(path, column) for piece in split_text(chunks))
     position = position or 0
     groups = ([piece] for piece in itertools.islice(every, position, None))
@@ -205,7 +222,7 @@ def local_batches(paths, column, position):
 
 
 def dataset_batches(args, position):
-    """A position is the state of the stream, by which `datasets` finds the file and the row again."""
+    """A position is the state of the stream, from which `datasets` finds the file and the row."""
     stream = load_stream(args)
     if position is not None:
         stream.load_state_dict(position)
@@ -230,21 +247,22 @@ def next_batch(groups):
 
 def split_text(chunks):
     """The document that arrives in `chunks`, as pieces (is it the first, text) of up to PIECE characters."""
-    first, text = True, ""
+    first, rest = True, ""
     for chunk in chunks:
-        text += chunk
-        while len(text) > PIECE:
-            cut = cut_point(text)
-            yield first, text[:cut]
-            first, text = False, text[cut:]
-    if text:
-        yield first, text
+        text, start = rest + chunk, 0  # cut by position: cutting the text itself would copy a long one at each piece
+        while len(text) - start > PIECE:
+            cut = start + cut_point(text[start : start + PIECE + 1])
+            yield first, text[start:cut]
+            first, start = False, cut
+        rest = text[start:]
+    if rest:
+        yield first, rest
 
 
 def cut_point(text):
-    """The last place in `text[:PIECE]` where a cut leaves GPT-2's tokens as they are, PIECE where there is none.
+    """The last place in `text[:PIECE]` where a cut leaves GPT-2's tokens as they are, or PIECE if there is none.
 
-    Such a place is before the last character of a run of white space that something else follows: see tokenizer.py.
+    Such a place is before the last character of a run of white space with other text after it: see tokenizer.py.
     """
     for start in (max(PIECE - 10_000, 1), 1):
         places = [match.start() for match in re.finditer(f"[{SPACE}](?=[^{SPACE}])", text[start : PIECE + 1])]
@@ -259,10 +277,10 @@ def cut_point(text):
 
 @contextlib.contextmanager
 def hub_errors(name):
-    """Name the data set and the way out, whatever goes wrong inside.
+    """Turn any error inside into a UserError with its first line, the name of the data set and the remedy.
 
-    `datasets` and the network layers below it raise a dozen unrelated classes, so anything that comes out of them
-    counts as the fault of the data set or the network, with the first line of its own message.
+    `datasets` and the network layers below it raise a dozen unrelated classes, so every exception counts as a fault of
+    the data set or the network.
     """
     try:
         yield
@@ -272,7 +290,7 @@ def hub_errors(name):
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(
             f"cannot read {name}: {reason}; check the name, --config, --split and the network, and start again"
-            " to go on - or use --files (local text) or --stdlib (Python's own library), which need no network"
+            " to continue; --files (local text) and --stdlib (Python's own library) need no network"
         ) from error
 
 
@@ -286,11 +304,11 @@ def load_stream(args):
         datasets.utils.logging.set_verbosity_error()
         huggingface_hub.logging.set_verbosity_error()
         if not Path(args.dataset).exists():
-            # One question without retries: `load_dataset` would ask for half a minute before it finds no network.
+            # One request without retries: `load_dataset` would retry for half a minute without a network.
             huggingface_hub.HfApi().dataset_info(args.dataset, timeout=20)
         stream = datasets.load_dataset(args.dataset, args.config, split=args.split, streaming=True)
         names = stream.column_names
-    if names is None:  # not known before the first row, for some formats
+    if names is None:  # some formats know them only at the first row
         return stream
     if args.column not in names:
         raise UserError(missing_column(args.column, names, args.dataset))
@@ -306,7 +324,7 @@ def dataset_texts(stream, args):
 
 
 def fetch_pretokenized(args, out, meta):
-    """Download ready shards and describe them; their bytes stay as they are. What is here is not fetched again."""
+    """Download ready shards, unchanged, and write their meta.json. Files that are here are not fetched again."""
     with hub_errors(args.pretokenized):
         import huggingface_hub
 
@@ -321,10 +339,12 @@ def fetch_pretokenized(args, out, meta):
             )
     meta["source"]["revision"] = info.sha
     for name in names:
-        tokens = read_bin(out / name)
-        meta["shards"].append({"file": name, "tokens": len(tokens), "sha256": file_sha256(out / name)})
-        meta["tokens"] += len(tokens)
-        meta["documents"] += int(np.count_nonzero(tokens == meta["eot"]))
+        shard = dataloader.open_shard(out / name)
+        with open(shard.path, "rb") as f:
+            sha256 = hashlib.file_digest(f, "sha256").hexdigest()
+            meta["documents"] += int(np.count_nonzero(dataloader.map_tokens(shard, f) == meta["eot"]))
+        meta["shards"].append({"file": name, "tokens": shard.tokens, "sha256": sha256})
+        meta["tokens"] += shard.tokens
     meta["complete"] = True
     save_meta(out, meta)
 
@@ -338,25 +358,12 @@ def choose_shards(names, args):
     return val[:1] + train[: max(1, min(wanted - 1, len(train)))]
 
 
-def read_bin(path):
-    """Tokens of a .bin shard, after a look at its header."""
-    header = np.fromfile(path, dtype=np.int32, count=BIN_HEADER // 4)
-    if len(header) < 256 or header[0] != BIN_MAGIC or path.stat().st_size != BIN_HEADER + 2 * int(header[2]):
-        raise UserError(f"{path} is not a whole token shard: delete it and start again")
-    return np.memmap(path, dtype=np.uint16, mode="r", offset=BIN_HEADER)
-
-
-def file_sha256(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Text -> tokens, on several processes, in order
 
 
 def tokenize(documents, tokenizer, workers):
-    """uint16 arrays that, one after the other, are the tokens of `documents` (strings), end of text before each.
+    """uint16 arrays that together are the tokens of `documents` (strings) in order, end of text before each.
 
     tokens = np.concatenate(list(tokenize(texts, "gpt2", workers=2)))
     """
@@ -366,11 +373,11 @@ def tokenize(documents, tokenizer, workers):
 
 
 def encode_batches(batches, tokenizer, workers):
-    """(position, tokens) of each (position, pieces), in order; only a few batches are under way at any time."""
+    """(position, tokens) of each (position, pieces), in order; only a few batches are in work at any time."""
     if workers == 1:
         yield from ((position, encode_batch(tokenizer, batch)) for position, batch in batches)
         return
-    get_tokenizer(tokenizer)  # forked workers find it built
+    get_tokenizer(tokenizer)  # built before the fork, so that workers inherit it
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
     under_way = collections.deque()
@@ -386,13 +393,13 @@ def encode_batches(batches, tokenizer, workers):
             position, future = under_way.popleft()
             yield position, future.result()
     except concurrent.futures.BrokenExecutor as error:
-        raise UserError("a worker died, perhaps for want of memory: start again, with fewer --workers") from error
+        raise UserError("a worker process died, perhaps out of memory: start again with fewer --workers") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
 def start_worker():
-    """Ctrl-C is the parent's business; a parent killed without a word must not leave workers waiting for ever."""
+    """Leave Ctrl-C to the parent, and end when the parent is killed: workers would wait forever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -431,26 +438,24 @@ def new_meta(args, source):
 
 
 def read_meta(out, new):
-    """What an earlier run left in `out`, or else `new`. Raises UserError where the two do not fit together."""
+    """meta.json of an earlier run into `out`, or `new` without one. Raises UserError if it had other settings."""
     path = out / "meta.json"
     if not path.exists():
         if any(itertools.chain(out.glob("*.npy"), out.glob("*.bin"))) and new["source"]["kind"] != "pretokenized":
             raise UserError(f"{out} holds shards of unknown origin (no meta.json): choose another --out")
         return new
-    try:
-        old = json.loads(path.read_bytes())
-        found = {"tokenizer": old["tokenizer"], **old["source"], **old["settings"]}
-        shards = [(out / shard["file"], shard["tokens"]) for shard in old["shards"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: delete {out} or choose another --out") from error
+    old = dataloader.read_meta(out)
+    if any(type(old.get(key)) is not type(value) for key, value in new.items()):
+        raise dataloader.bad_shard(path, "not written by fineweb.py")
+    found = {"tokenizer": old["tokenizer"], **old["source"], **old["settings"]}
     wanted = {"tokenizer": new["tokenizer"], **new["source"], **new["settings"]}
     for key, value in wanted.items():
         if found.get(key) != value:
-            what = "other text" if key == "fingerprint" else f"{key} {found.get(key)}, not {value}"
-            raise UserError(f"{out} holds shards of {what}: choose another --out, or delete {out}")
-    for shard, tokens in shards:
-        if not shard.exists() or abs(shard.stat().st_size - 2 * tokens) > BIN_HEADER:
-            raise UserError(f"{shard} is missing or not whole: delete {out} and start again")
+            other = "other text" if key == "fingerprint" else f"{key} {found.get(key)}, not {value}"
+            raise UserError(f"{out} holds shards of {other}: choose another --out, or delete {out}")
+    lengths = {shard["file"]: dataloader.open_shard(out / shard["file"]).tokens for shard in old["shards"]}
+    for split in ("train", "val"):
+        dataloader.check_listed(out, split, old, lengths)
     return old
 
 
@@ -459,7 +464,7 @@ def write_shards(args, out, meta, batches):
     resume = meta.pop("resume", {"position": None, "used": 0})
     val_tokens = meta["shards"][0]["tokens"] if meta["shards"] else val_size(args, batches)
     stream = encode_batches(batches(resume["position"]), args.tokenizer, args.workers)
-    used = resume["used"]  # tokens of the first batch that are in a shard already
+    used = resume["used"]  # tokens of the first batch that a shard holds already
     shard, filled = new_shard(args, meta, val_tokens), 0
     with contextlib.closing(stream), progress_bar(args, meta, val_tokens) as bar:
         for position, tokens in stream:
@@ -471,7 +476,7 @@ def write_shards(args, out, meta, batches):
                 if filled == len(shard):
                     save_shard(out, meta, shard, {"position": position, "used": used})
                     shard, filled = new_shard(args, meta, val_tokens), 0
-            if not len(shard):  # --max_tokens are there
+            if not len(shard):  # --max_tokens are written
                 break
             used = 0
     check_enough(meta, filled)
@@ -479,50 +484,60 @@ def write_shards(args, out, meta, batches):
 
 
 def progress_bar(args, meta, val_tokens):
-    """In tokens; their number is known, or follows from the part that is val, unless a data set is read to its end."""
+    """Progress in tokens; the total is unknown if a data set is read to its end."""
     total = args.max_tokens or (round(val_tokens / args.val_fraction) if args.val_fraction else None)
     return tqdm(total=total, initial=meta["tokens"], unit="tok", unit_scale=True, disable=None)
 
 
 def val_size(args, batches):
-    """Tokens in val: --val_fraction of all characters, or of --max_tokens if that is less; at most one shard."""
+    """Tokens of val: --val_fraction of all characters or of --max_tokens, whichever is less; 2 to one shard."""
     if not args.val_fraction:
         return args.shard_size
-    most = min(args.shard_size, max(1, args.val_fraction * (args.max_tokens or math.inf)))
+    most = min(args.shard_size, max(2, args.val_fraction * (args.max_tokens or math.inf)))
     if args.dataset:
         return round(most)
-    # Counting also reads every file to its end, so that bad input is found before anything is written.
-    wanted = args.val_fraction * sum(len(text) for _, batch in batches() for _, text in batch)
+    # Counting also reads every file to its end: bad input is found before anything is written.
+    total = sum(len(text) for _, batch in batches() for _, text in batch)
     tokens, characters = 0.0, 0
     for _, batch in batches():
-        size = sum(len(text) for _, text in batch)
-        tokens += min(1, (wanted - characters) / size) * len(encode_batch(args.tokenizer, batch))
+        size, encoded = sum(len(text) for _, text in batch), len(encode_batch(args.tokenizer, batch))
+        if size == total:
+            refuse_tiny(encoded)
+        tokens += min(1, (args.val_fraction * total - characters) / size) * encoded
         characters += size
-        if characters >= wanted or tokens >= most:
+        if characters >= args.val_fraction * total or tokens >= most:
             break
-    return round(min(most, max(1, tokens)))
+    return round(min(most, max(2, tokens)))
+
+
+def refuse_tiny(tokens):
+    if tokens < 4:
+        raise UserError(f"the text has {tokens} tokens; val and train need 2 each: use more text")
 
 
 def new_shard(args, meta, val_tokens):
-    """An empty shard of the size that comes next; of no size once --max_tokens are there."""
+    """The array of the next shard, uninitialised; its size is 0 once --max_tokens are written."""
     size = args.shard_size if meta["shards"] else val_tokens
     return np.empty(min(size, (args.max_tokens or math.inf) - meta["tokens"]), dtype=np.uint16)
 
 
 def check_enough(meta, filled):
-    if not meta["tokens"] + filled:
+    """Refuse a result without at least 2 training tokens: an input and its target. `filled`: tokens not saved yet."""
+    total = meta["tokens"] + filled
+    if not total:
         raise UserError("there is no text in the source: nothing to write")
-    if len(meta["shards"]) + (filled > 0) < 2:
+    val = meta["shards"][0]["tokens"] if meta["shards"] else filled
+    if total - val < 2:
         raise UserError(
-            f"{meta['tokens'] + filled:,} tokens are not more than the val shard, which leaves nothing to train on:"
+            f"{total:,} tokens fill the val shard and leave nothing to train on:"
             " use more text, --val_fraction 0.05 or a smaller --shard_size"
         )
 
 
 def save_shard(out, meta, tokens, resume=None):
-    """Write the next shard, if `tokens` has any, then meta.json: where to go on, or that all is done."""
+    """Write the next shard if `tokens` is not empty, then meta.json with the place to continue, or complete."""
     with writing(out):
-        if not meta["shards"]:  # from here on the folder is known to be ours, whenever the process may die
+        if not meta["shards"]:  # first of all, so that an interrupted folder is known to be ours
             out.mkdir(parents=True, exist_ok=True)
             save_meta(out, meta)
         if len(tokens):
@@ -544,7 +559,7 @@ def write_npy(out, index, tokens):
     np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(tokens))
     with atomic_write(out / name) as f:
         f.write(header.getvalue())
-        f.write(tokens)  # not np.save, whose error for a full disk does not say that the disk is full
+        f.write(tokens)  # not np.save: its error on a full disk does not name the cause
     digest = hashlib.sha256(header.getvalue())
     digest.update(tokens)
     return {"file": name, "tokens": len(tokens), "sha256": digest.hexdigest()}
@@ -555,7 +570,7 @@ def writing(out):
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; make room, then start again to go on") from error
+        raise UserError(f"cannot write to {out}: {error.strerror}; make room, then start again to continue") from error
 
 
 def save_meta(out, meta):

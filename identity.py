@@ -229,6 +229,8 @@ def find_state(args, folder, log_path, say):
             kept = set_aside(log_path, folder, settings_of(args))
             say(f"no checkpoint in {folder}: starting at step 0" + (f"; the old log is kept as {kept}" if kept else ""))
         return state
+    if not Path(args.resume).exists():
+        raise UserError(f"--resume {args.resume}: no such file or folder; auto takes the newest checkpoint of this run")
     state = checkpoint.read_checkpoint(args.resume, needs=NEEDED)[1]
     last = checkpoint.newest(folder)
     if last and checkpoint.step_of(last) > state["step"]:  # else a later --resume auto would take it

@@ -1,9 +1,10 @@
-"""What is fast and needs explaining: cross-entropy without the logits, dispatch and combine, the grouped linear layer.
+"""Fast operators of the model: chunked cross-entropy, dispatch and combine, the linear layer of each expert, KV cache.
 
-model.py calls these and reads on without them. Each states what it computes; the plain reference it is tested against,
-outputs and gradients, stands in tests/test_kernels.py under the name given.
+Each docstring begins with the value that is computed and names its plain reference in tests/test_kernels.py, which
+checks outputs and all gradients.
 
-Suffixes name shapes as in model.py: T tokens, E experts, K choices per token, N = T*K pairs, D width in, F width out.
+Suffixes name shapes as in model.py: T tokens, E experts, K choices per token, N = T*K pairs; here D is the width of the
+input, F of the output, V the vocabulary. A pair is one choice of one token; pair n = k*T + t is choice k of token t.
 """
 
 import itertools
@@ -12,34 +13,37 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Types
 
 
 def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))  # float64, in the tests, stays as it is
+    """x as float32, or float64 where it is that (in tests)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def compute_dtype(x):
-    """The type in which matrix products of x run here: autocast's where it is on."""
+    """The type of matrix products of x here: autocast's where it is on, else x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Cross-entropy without the logits
+# Cross-entropy, a chunk of the logits at a time
 
-# In float32 32 MB, just below what glibc maps anew for every chunk, and 512 MB.
+# CPU: just under 32 MB in float32, from where glibc maps new memory for every allocation. CUDA: 512 MB.
 LOGITS_PER_CHUNK = {"cpu": 2**23 - 2**10, "cuda": 2**27}
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of `h @ weight.T`, a chunk of rows at a time, gradients included.
+    """Mean cross-entropy of the logits `h @ weight.T`, and its gradients, a chunk of rows at a time.
 
-    The gradient of a chunk's logits is known as soon as its softmax is, so both products of the backward pass are done
-    at once and the chunk is thrown away: (N, V) never exists, nothing is computed twice. The float32 weight comes in
-    and is cast here, so that its gradient is summed over chunks in float32.
+    The forward pass computes the gradients too: a chunk's softmax gives the gradient of its logits, both products of
+    the backward pass follow, and the chunk is freed. The full logits (N, V) never exist, and nothing is computed twice.
+    The weight is cast to the type of h here, so that its gradient is summed over chunks in the weight's own type.
+    Own code: torch's fused loss has no chunks on the CPU. Reference: `full_cross_entropy`.
     """
 
     @staticmethod
@@ -59,49 +63,57 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_w.addmm_(grad.t(), h_c)
             else:
                 grad_w += grad.t() @ h_c
-            del logp, grad  # else this chunk is held while the next one is computed
+            del logp, grad  # otherwise this chunk is held while the next one is computed
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
         return total / count
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_loss):
         grad_h, grad_w = ctx.saved_tensors
         return (grad_h * grad_loss).to(grad_h.dtype), grad_w * grad_loss, None, None
 
 
 def linear_cross_entropy(h, weight, targets, reduction="mean"):
-    """Cross-entropy of the logits `h @ weight.T` against targets, -1 ignored.
+    """Cross-entropy of the logits `h @ weight.T` against targets; negative targets are ignored.
 
-    h (N, D) in the compute type, weight (V, D), targets (N,) int64. Returns a float32 scalar, or (N,) for "none".
+    h (N, D) in the compute type, weight (V, D), targets (N,) int64. Returns nats in float32: the mean over targets, a
+    scalar, or with reduction="none" (N,), 0 where ignored. Reference: `full_cross_entropy`.
     """
-    rows = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])  # of a chunk, at most
+    rows = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])  # most rows per chunk
     n_chunks = max(1, math.ceil(h.shape[0] / rows))
     if reduction == "mean" and torch.is_grad_enabled():
         return LinearCrossEntropy.apply(h, weight, targets, n_chunks)
     w = weight.to(h.dtype)
     pairs = zip(h.tensor_split(n_chunks), targets.tensor_split(n_chunks), strict=True)
-    losses = [F.cross_entropy(at_least_float32(h_c @ w.t()), t, ignore_index=-1, reduction="none") for h_c, t in pairs]
-    losses = torch.cat(losses)
+    losses = torch.cat([
+        F.cross_entropy(at_least_float32(h_c @ w.t()), targets_c.clamp(min=-1), ignore_index=-1, reduction="none")
+        for h_c, targets_c in pairs
+    ])  # fmt: skip
     return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rows to experts and back
+# Dispatch to experts and combine
 
 
 class Plan(NamedTuple):
-    """Where each (token, choice) pair goes when the pairs stand sorted by expert."""
+    """The pairs sorted by expert: row_N and pair_N map pairs to sorted rows and back."""
 
-    row_N: torch.Tensor  # int64, pair n stands in this sorted row
-    pair_N: torch.Tensor  # int64, the inverse: the pair in each sorted row
-    place_N: torch.Tensor  # int64, how many pairs chose the same expert before pair n
-    count_E: torch.Tensor  # int64, pairs of each expert
-    ends_E: torch.Tensor  # int32, sorted rows of expert e are ends[e-1] to ends[e]
+    row_N: torch.Tensor  # int64, sorted row of each pair
+    pair_N: torch.Tensor  # int64, pair in each sorted row: the inverse of row_N
+    place_N: torch.Tensor  # int64, number of earlier pairs with the same expert
+    count_E: torch.Tensor  # int64, pairs per expert
+    ends_E: torch.Tensor  # int32, expert e has the sorted rows ends[e-1] to ends[e]
 
 
 def sort_by_expert(expert_TK, n_exp):
-    """Stable counting sort of the pairs by expert: no comparison, every shape known before the data is."""
-    expert_N = expert_TK.t().reshape(-1)  # choice-major
+    """Plan of a stable sort of the pairs by expert, from the chosen experts (T, K).
+
+    A counting sort: every shape is known without the data, so torch.compile sees one graph and the host never waits.
+    Reference: `sort_with_python`.
+    """
+    expert_N = expert_TK.t().reshape(-1)
     chosen_EN = expert_N == torch.arange(n_exp, device=expert_N.device)[:, None]
     running_EN = chosen_EN.cumsum(dim=1, dtype=torch.int32)
     count_E = running_EN[:, -1]
@@ -113,7 +125,10 @@ def sort_by_expert(expert_TK, n_exp):
 
 
 class Dispatch(torch.autograd.Function):
-    """x_TD -> the rows of x that the sorted pairs name, (N, D). Backward gathers too: no scatter with atomics."""
+    """x (T, D) -> the token of each sorted row, (N, D). Reference: `dispatch_by_index`.
+
+    Backward sums K gathered rows per token; index_select's own would scatter with atomics on CUDA.
+    """
 
     @staticmethod
     def forward(ctx, x_TD, row_N, pair_N):
@@ -128,7 +143,10 @@ class Dispatch(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """Expert outputs in sorted rows (N, D) and gates (T, K) -> (T, D), each token's rows summed by gate."""
+    """Expert outputs in sorted rows (N, D), gates (T, K) -> (T, D), sum over k of gate times row.
+
+    Forward and backward gather, as in Dispatch. Reference: `combine_by_loop`.
+    """
 
     @staticmethod
     def forward(ctx, y_ND, gate_TK, row_N, pair_N):
@@ -153,8 +171,10 @@ class Combine(torch.autograd.Function):
 
 
 class AddExpertBias(torch.autograd.Function):
-    """y_NF + bias_EF[expert of the row]. The bias gradient is a product with a one-hot matrix: a gather's own backward
-    would be atomics of N rows onto E."""
+    """y (N, F) plus the bias (E, F) of each row's expert. Reference: `loop_over_experts`.
+
+    The gradient of the bias is a product with a one-hot matrix; a gather's own would add N rows onto E with atomics.
+    """
 
     @staticmethod
     def forward(ctx, y_NF, bias_EF, ends_E):
@@ -171,19 +191,20 @@ class AddExpertBias(torch.autograd.Function):
 
 
 def window_step(n_rows, dtype):
-    """Row counts of products are rounded up to a multiple of this, which leaves at most 8 sizes an octave.
+    """Multiple to which the number of rows of a product is rounded up: at most 8 sizes from one power of 2 to the next.
 
-    oneDNN compiles a kernel for each new shape of a bfloat16 product, 5 ms for a product of 0.5, and an expert's row
-    count hardly ever repeats. MKL's float32 products need no care.
+    oneDNN compiles a kernel for each new shape of a bfloat16 product, which takes longer than the product, and the row
+    counts of experts rarely repeat. MKL's float32 products need no rounding: 1.
     """
     return max(64, 2 ** n_rows.bit_length() // 16) if dtype == torch.bfloat16 else 1
 
 
 def row_windows(ends, dtype):
-    """(expert, low, start, end) of products that cover all rows: rows low:end are multiplied for the sake of start:end.
+    """Windows (expert, low, start, end) of sorted rows, one product each: rows start:end are the expert's own.
 
-    Experts come last to first, so that rows low:start, of experts before this one, are computed again after it. Where
-    too few rows stand before, an expert has two windows. One without rows has an empty one.
+    Each window is padded backwards to a rounded size, low:end. Experts come last to first, so the borrowed rows
+    low:start are computed again, and overwritten, by the experts that own them. An expert with too few rows before it
+    gets two windows; one without rows gets an empty window.
     """
     for e, (start, end) in reversed(list(enumerate(itertools.pairwise([0, *ends])))):
         step = window_step(end - start, dtype)
@@ -199,10 +220,11 @@ def row_windows(ends, dtype):
 @torch.library.custom_op("moe::grouped_linear", mutates_args=())
 def grouped_linear_loop(x_ND: torch.Tensor, weight_EDF: torch.Tensor, bias_EF: torch.Tensor | None,
                         ends_E: torch.Tensor) -> torch.Tensor:  # fmt: skip
-    """Rows ends[e-1]:ends[e] of x times weight[e], plus bias[e]: one product an expert, the bias inside it.
+    """Rows ends[e-1]:ends[e] of x times weight[e], plus bias[e]: one product per expert and window.
 
-    For CPU, where a launch costs nothing, and for float32 on CUDA, which F.grouped_mm does not take (there the
-    row counts come to the host: right, not fast). A custom operator: torch.compile sees one node of fixed shape.
+    For the CPU, and for float32 on CUDA, which F.grouped_mm does not support (the row counts then come to the host,
+    which is slow). A custom operator, so that torch.compile sees one node of fixed shape. Reference:
+    `loop_over_experts`.
     """
     y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
     for e, low, _, end in row_windows(ends_E.tolist(), x_ND.dtype):
@@ -219,7 +241,7 @@ def _(x_ND, weight_EDF, bias_EF, ends_E):
 
 
 def zero_first_rows(x, n):
-    """x with its first n rows zero: a copy where there are any."""
+    """x with its first n rows set to zero; a copy unless n is 0."""
     return torch.cat([torch.zeros_like(x[:n]), x[n:]]) if n else x
 
 
@@ -227,18 +249,19 @@ def zero_first_rows(x, n):
 def grouped_linear_loop_backward(
     grad_NF: torch.Tensor, x_ND: torch.Tensor, weight_EDF: torch.Tensor, ends_E: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, weight and bias from that of the output (N, F), by the same windows."""
     grad_x, grad_w = torch.empty_like(x_ND), torch.empty_like(weight_EDF)
     grad_b = weight_EDF.new_empty(weight_EDF.shape[0], weight_EDF.shape[2])
     ends, last = ends_E.tolist(), None
     for e, low, start, end in row_windows(ends, x_ND.dtype):
         x, grad = x_ND[low:end], grad_NF[low:end]
         torch.mm(grad, weight_EDF[e].t(), out=grad_x[low:end])
-        # Rows of other experts are no part of the weight gradient; zeros on the narrower side are the smaller copy.
+        # Borrowed rows must not count in the weight gradient: zero them on the narrower side, the smaller copy.
         if x.shape[1] < grad.shape[1]:
             x = zero_first_rows(x, start - low)
         else:
             grad = zero_first_rows(grad, start - low)
-        torch.addmm(grad_w[e], x.t(), grad, beta=int(e == last), out=grad_w[e])  # zeros for an expert without rows
+        torch.addmm(grad_w[e], x.t(), grad, beta=int(e == last), out=grad_w[e])  # zero for an expert without rows
         last = e
     for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
         torch.sum(grad_NF[start:end], dim=0, out=grad_b[e])
@@ -266,7 +289,10 @@ grouped_linear_loop.register_autograd(_grouped_linear_grads, setup_context=_save
 
 
 def grouped_linear(x_ND, weight_EDF, bias_EF, ends_E):
-    """The linear layer of each expert on its own rows; (N, F). Rows are sorted by expert, ends_E as in Plan."""
+    """Rows x (N, D) sorted by expert, ends_E as in Plan -> (N, F): row times weight (D, F) plus bias (F) of its expert.
+
+    Reference: `loop_over_experts`.
+    """
     if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
         y_NF = F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
         return y_NF if bias_EF is None else AddExpertBias.apply(y_NF, bias_EF, ends_E)
@@ -274,11 +300,14 @@ def grouped_linear(x_ND, weight_EDF, bias_EF, ends_E):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Keys and values for sampling
+# Keys and values, for sampling
 
 
 class KVCache:
-    """Keys and values of the tokens so far, (B, n_head, block_size, head width) per layer; `length` are filled."""
+    """Keys and values of the tokens so far, (B, n_head, block_size, head width) per layer, filled up to `length`.
+
+    Reference: the whole sequence computed again, in tests/test_sample.py.
+    """
 
     def __init__(self, config, batch_size, device, dtype):
         shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
@@ -287,7 +316,7 @@ class KVCache:
         self.length = 0
 
     def append(self, layer, k, v):
-        """Store k, v (B, n_head, S, head width) of the new tokens; return those of all tokens so far."""
+        """Store k, v (B, n_head, S, head width) of S new tokens; return those of all tokens so far."""
         end = self.length + k.shape[2]
         self.keys[layer][:, :, self.length : end] = k
         self.values[layer][:, :, self.length : end] = v

@@ -26,7 +26,7 @@ from common import UserError, atomic_write
 
 
 class LogFull(UserError):
-    """The log can no longer be written; the trainer saves a checkpoint first."""
+    """The log can no longer be written; the trainer saves a checkpoint, then ends with this error."""
 
 
 class RunLog:
@@ -110,12 +110,12 @@ def describe_machine(device):
     }
 
 
-def describe_run(args, settings, changes_before, model, machine):
+def describe_run(args, settings, model, machine):
     """The JSON beside the log: it can be audited alone."""
     return {
         "identity": identity.identity(settings),
         "settings": settings,
-        "changes": changes_before,  # [{"step": first step, "settings": {name: value}}] of settings changed on resume
+        "changes": [],  # made on resume: {"step": the first with the new values, "settings": {name: value}}
         "args": dataclasses.asdict(args),
         "config": dataclasses.asdict(model.config),
         "params_total": model.num_params(),
@@ -244,7 +244,17 @@ def matmul_rate():
     return n * 2 * 512**3 / (time.perf_counter() - began)
 
 
-def print_header(run, notes):
+def notes(args):
+    """Settings that are allowed and surely not meant."""
+    if args.warmup_steps >= args.max_steps:
+        yield f"--warmup_steps {args.warmup_steps} is not below --max_steps {args.max_steps}: --max_lr is never reached"
+    if args.n_exp == 1:
+        given = [f"--{name}" for name in args.moe_fields() if getattr(args, name) != identity.PUBLISHED[name]]
+        if given:
+            yield f"{', '.join(given)}: no effect on a dense model (--n_exp 1)"
+
+
+def print_header(run):
     """What is about to run, on what, and on a CPU about how long it will take."""
     args, record, say, console = run.args, run.record, run.console.say, run.console
     say(f"{args.name}, seed {args.seed}: {record['params_total']:,} parameters, {record['params_active']:,} active")
@@ -257,7 +267,7 @@ def print_header(run, notes):
         left = seconds * (args.max_steps - run.progress.step)
         if left > 60:
             say(f"on this CPU at least {duration(seconds)} per step, {duration(left)} in all")
-    for note in notes:
+    for note in notes(args):
         say(f"note: {note}")
     say(f"log: {run.log.path}; checkpoints: {run.folder if args.save_checkpoint else 'none'}")
     if run.progress.step >= args.max_steps:
@@ -273,8 +283,8 @@ class Log:
     """Rank 0's log file, the JSON beside it, and Weights & Biases when asked for."""
 
     def __init__(self, args, machine, path, record, progress):
-        self.file = self.wandb = None
-        self.path, self.record = path, record
+        self.file = self.wandb = self.error = None
+        self.path, self.unlogged = path, progress.unlogged
         if not machine.is_main:
             return
         if args.wandb:
@@ -284,15 +294,20 @@ class Log:
         if progress.step < args.max_steps or not path.with_suffix(".json").exists():
             with atomic_write(path.with_suffix(".json"), "w") as f:
                 json.dump(record, f, indent=1)
-        while progress.unlogged:
-            step = min(progress.unlogged, key=int)
-            self.file.write(int(step), progress.unlogged.pop(step))
+        for step in sorted(self.unlogged):
+            self.file.write(step, self.unlogged.pop(step))
 
     def write(self, step, streams):
+        """A full disk is kept in `error`, and the lines for the next checkpoint: the run that continues writes them."""
         if self.wandb:
             self.wandb.log(streams, step=step)
-        if self.file:
-            self.file.write(step, streams)
+        try:
+            if self.file and not self.error:
+                self.file.write(step, streams)
+        except LogFull as error:
+            self.error = error
+        if self.error:
+            self.unlogged.setdefault(step, {}).update(streams)
 
     def sync(self):
         if self.file:
@@ -330,11 +345,7 @@ def record_step(run, result, lr, seconds):
     if math.isfinite(result.ce_loss):
         progress.history = [*progress.history, result.ce_loss][-runlog.SPIKE_WINDOW :]
     progress.step = step + 1
-    try:
-        run.log.write(step, streams)
-    except LogFull:  # the checkpoint keeps these lines for the run that continues it
-        progress.unlogged[step] = streams
-        raise
+    run.log.write(step, streams)
     run.console.step(step, result, lr, seconds, tok_per_sec)
     run.stop.requested |= run.console.lost
 

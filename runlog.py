@@ -1,8 +1,8 @@
-"""The log of a run: names and identity, the one reader, and statistics over many runs (logger.py writes).
+"""Reads the logs of runs, says how each run ended, and puts runs of equal settings together (logger.py writes logs).
 
-    python runlog.py logs/log_*.txt                                    # a table, one row per variant
-    python runlog.py logs/log_*.txt --at_step 25250                    # the same at one step
-    python runlog.py logs/log_*.txt --thin results/small               # a small CSV per run, to be kept
+    python runlog.py logs                                        # a table of every log in a folder, a row per group
+    python runlog.py logs/log_moe_*.txt --at_step 25250          # of these logs, at one step
+    python runlog.py logs --thin results/small                   # a small CSV per run, to be kept
     python runlog.py --published FOLDER --out results/published/curves.csv
 
 A log is text, append-only, one `step stream value` per line, named `log_{name}_{run_id}_seed_{seed}.txt`:
@@ -11,12 +11,17 @@ A log is text, append-only, one `step stream value` per line, named `log_{name}_
     0 hella 0.2560
     0 train 11.004575
 
-The logs of swag2198/build-gpt2-moe have the same form and parse with the same reader. Values at step s are those after
-s updates (`val`, `hella`, `load_{layer}_{expert}`) or of the update numbered s (`train`, `grad_norm`, ...).
-Beside a log lies `{stem}.json` with the settings, versions and FLOPs per token of the run.
+The logs of swag2198/build-gpt2-moe have the same form. Values at step s are measured after s updates (`val`, `hella`,
+`load_{layer}_{expert}`) or belong to the update numbered s (`train`, `grad_norm`, ...). Beside a log lies `{stem}.json`
+with settings, identity, versions and FLOPs per token of the run.
+
+A group is the runs of one name whose settings differ in nothing but the seeds; identity.py says which settings count.
+Logs from before runs had an identity are grouped by the settings they recorded, logs without a JSON by their name.
 """
 
 import math
+import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +30,8 @@ import numpy as np
 import tyro
 
 import common
-from common import UserError, atomic_write
-from identity import parse_stem, read_record, run_stem
+from common import NotNegative, UserError, atomic_write
+from identity import PUBLISHED, identity, name_part, parse_stem, read_record, run_stem
 
 FORMATS = {"train": ".6f", "val": ".6f", "hella": ".4f"}  # as published; val has two digits more
 OTHER_FORMAT = ".7g"  # a float32 to its last useful digit
@@ -38,9 +43,18 @@ SPIKE_WINDOW = 128
 SPIKE_MIN_HISTORY = 32
 SPIKE_MARGIN = 0.5
 
-# Diverged: the trainer said so, or the last val is not finite or this many nats above the run's own best.
-DIVERGED_MARGIN = 1.0
-UNFINISHED = 0.9  # a run that stopped before this part of its variant's longest run is not averaged with it
+# How a run ended. Only runs that are "ok" are averaged; the others are counted.
+DIVERGED_MARGIN = 1.0  # diverged: the trainer said so, or the last val is not finite or this far above the run's best
+REGRESSED_MARGIN = 0.1  # regressed: the last val is this far above the run's best; healthy published runs: below 0.035
+# stuck: a run from scratch whose val never fell below this part of its first val. A model that knows only which token
+# follows which stands at 0.44 of it on bytes of English prose (2.46 of 5.55 nats) and higher on GPT-2's tokens; runs
+# that learn end at 0.27 to 0.35.
+STUCK_PART = 0.42
+STUCK_MIN_STEPS = 1000  # a shorter run may simply not have had the time
+UNFINISHED = 0.9  # unfinished: the run stopped before this part of the longest run of its group
+STATES = ("ok", "diverged", "stuck", "regressed", "died", "unfinished")
+
+SEEDS = ("seed", "data_seed")  # the settings in which the runs of a group may differ
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,39 +82,47 @@ def parse_path(path):
 def read(path):
     """{stream: (steps int64, values float64)} of a log or a thinned CSV.
 
-    A last line without its end is a write that was killed, and is left out. Any other malformed line is a UserError.
+    An incomplete last line is a write that was killed, and is left out. Any other malformed line is a UserError.
     """
     data = Path(path).read_bytes()
     data = data[: data.rfind(b"\n") + 1]
     if data.startswith(CSV_HEADER):
         data = data[len(CSV_HEADER) :].replace(b",", b" ")
     fields = data.split()
-    # If every line has three fields, slices are columns; a line that has not puts a stream's name among the numbers.
+    # If every line has three fields, slices are columns; a line with more or fewer shifts a stream's name into them.
     try:
         if len(fields) != 3 * data.count(b"\n"):
             raise ValueError
         steps = np.array(fields[0::3], dtype="S").astype(np.int64)
         values = np.array(fields[2::3], dtype="S").astype(np.float64)
-    except ValueError:
-        raise _malformed(path) from None
-    codes = {}
-    streams = np.array([codes.setdefault(name, len(codes)) for name in fields[1::3]], dtype=np.int64)
-    return {name.decode(): (steps[streams == code], values[streams == code]) for name, code in codes.items()}
+        codes = {}
+        streams = np.array([codes.setdefault(name, len(codes)) for name in fields[1::3]], dtype=np.int64)
+        names = {name.decode(): code for name, code in codes.items()}
+    except (ValueError, OverflowError):
+        raise malformed(path) from None
+    return {name: (steps[streams == code], values[streams == code]) for name, code in names.items()}
 
 
-def _malformed(path):
+def malformed(path):
+    """UserError that names the first line that is not `step stream value`."""
     with open(path, "rb") as f:
         for number, line in enumerate(f, start=1):
-            fields = line.replace(b",", b" ").split()
-            try:
-                int(fields[0]), float(fields[2])
-                if len(fields) != 3:
-                    raise ValueError
-            except (ValueError, IndexError):
-                if number > 1 or line != CSV_HEADER:
-                    break
+            if number == 1 and line == CSV_HEADER:
+                continue
+            if parse_line(line.replace(b",", b" ")) is None:
+                break
     shown = line[:60].decode(errors="replace").strip()
-    return UserError(f"{path}, line {number}: {shown!r} is not `step stream value`; remove or mend that line")
+    return UserError(f"{path}, line {number}: {shown!r} is not `step stream value`: fix or remove that line")
+
+
+def parse_line(line):
+    """(step, stream, value) of a line of a log, bytes; None for a malformed one."""
+    try:
+        step, stream, value = line.split()
+        step, stream, value = int(step), stream.decode(), float(value)
+    except ValueError:
+        return None
+    return (step, stream, value) if abs(step) < 2**63 else None
 
 
 class Run(NamedTuple):
@@ -108,20 +130,76 @@ class Run(NamedTuple):
     run_id: str
     seed: int
     streams: dict  # {stream: (steps, values)}
-    meta: dict  # the .json beside the log, {} where there is none
+    meta: dict  # the JSON beside the log, {} where there is none
     path: Path
+
+    @property
+    def settings(self):
+        return recorded_settings(self.meta)
 
 
 def load_run(path):
+    """The Run of one log or thinned CSV. UserError for a file that is not one, or whose JSON is damaged."""
     path = Path(path)
-    return Run(*parse_path(path), read(path), read_record(path), path)
+    parts, streams, meta = parse_path(path), read(path), read_record(path)
+    try:
+        recorded_settings(meta)
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(
+            f"{path.with_suffix('.json')} does not hold the settings of a run: restore it, or remove it"
+        ) from None
+    if "args" in meta and "train" in streams:  # logger.py logs every spike: a run without any had none
+        first = streams["train"][0][:1]
+        streams.setdefault("spike", (first, np.zeros(len(first))))
+    return Run(*parts, streams, meta, path)
 
 
-def load_runs(folder):
-    """Every run under `folder`, in order of name and seed. Of a run's log and thinned CSV side by side, the log."""
-    paths = [path for kind in ("csv", "txt") for path in sorted(Path(folder).rglob(f"log_*.{kind}"))]
-    runs = [load_run(path) for path in {path.with_suffix(""): path for path in paths}.values()]
+def find_logs(paths):
+    """The logs and thinned CSVs among files and in folders; of a log and its CSV side by side, the log."""
+    found = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            for kind in ("csv", "txt"):
+                found |= {log.with_suffix(""): log for log in sorted(path.rglob(f"log_*.{kind}"))}
+        elif not path.is_file():
+            raise UserError(f"no such log: {path}")
+        elif path.suffix not in (".json", ".out", ".err", ".lock"):  # those lie beside logs
+            found[path.with_suffix("") if path.suffix == ".txt" else path] = path
+    return list(found.values())
+
+
+def warn(problem):
+    print(f"skipped: {problem}", file=sys.stderr)
+
+
+def load_runs(paths, skip=warn):
+    """Runs of logs, thinned CSVs and folders, ordered by name, run_id and seed.
+
+    A log that cannot be read is left out, and so is a second copy of the same run; skip(problem) is called for each.
+    """
+    runs = []
+    for path in find_logs([paths] if isinstance(paths, (str, Path)) else paths):
+        try:
+            run = load_run(path)
+        except (UserError, OSError) as error:
+            skip(error)
+            continue
+        same = next((i for i, other in enumerate(runs) if is_same_run(run, other)), None)
+        if same is None:
+            runs.append(run)
+        else:
+            skip(f"{run.path} is the same run as {runs[same].path}: it is counted once")
+            runs[same] = run if run.path.suffix == ".txt" else runs[same]
     return sorted(runs, key=lambda run: (run.name, run.run_id, run.seed))
+
+
+def is_same_run(a, b):
+    """Whether two logs, in two folders, are of one run: equal names, equal settings, equal val as far as both go."""
+    if a[:3] != b[:3] or not a.settings or a.settings != b.settings:
+        return False
+    (_, val_a), (_, val_b) = (run.streams.get("val", (None, np.zeros(0))) for run in (a, b))
+    n = min(len(val_a), len(val_b))
+    return n > 0 and np.array_equal(val_a[:n], val_b[:n], equal_nan=True)
 
 
 def load_published(path):
@@ -134,8 +212,76 @@ def load_published(path):
     for (name, run_id, seed), rows in pd.read_csv(path, dtype={"run_id": str}).groupby(["variant", "run_id", "seed"]):
         parts = {stream: rows.dropna(subset=stream) for stream in ("val", "hella")}
         streams = {stream: (part.step.to_numpy(), part[stream].to_numpy()) for stream, part in parts.items()}
-        runs.append(Run(name, run_id, int(seed), streams, {"tokens_per_step": 524_288}, Path(path)))
+        runs.append(Run(name, run_id, int(seed), streams, {"tokens_per_step": PUBLISHED_BATCH}, Path(path)))
     return runs
+
+
+PUBLISHED_BATCH = PUBLISHED["total_batch_size"]  # tokens per step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings and groups
+
+
+def recorded_settings(record):
+    """{name: value} of the counted settings in the JSON beside a log, as they were at its end; None without any.
+
+    A record from before runs had an identity gives its arguments, and its --data_root in place of the data.
+    """
+    if "settings" in record:
+        changed = [change["settings"] for change in record.get("changes", [])]
+        return {name: value for settings in (record["settings"], *changed) for name, value in settings.items()}
+    if "args" not in record:
+        return None
+    args = record["args"]
+    settings = {name: args[name] for name in PUBLISHED if name in args}
+    settings |= {"dtype": record.get("dtype", args.get("dtype")), "data": args.get("data_root")}
+    return settings | ({"block_size": None} if args.get("block_size") == args.get("T") else {})
+
+
+def group_key(run):
+    """Equal for the runs of one group: same name, same settings but for the seeds, same changes on resume."""
+    if run.settings is None:
+        return run.name, None
+    return run.name, identity(run.settings | {"changes": run.meta.get("changes") or None}, without=SEEDS)
+
+
+def group(runs):
+    """[runs of one group, ...] in the order of their first run."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(group_key(run), []).append(run)
+    return list(groups.values())
+
+
+def differing(all_settings):
+    """For each of several settings, {name: value} of the names in which they differ, most values first; {} for None."""
+    known = [settings for settings in all_settings if settings is not None]
+    names = dict.fromkeys(name for settings in known for name in settings if name not in SEEDS)
+    distinct = {name: len({str(settings.get(name, PUBLISHED.get(name))) for settings in known}) for name in names}
+    differ = sorted((name for name in names if distinct[name] > 1), key=lambda name: -distinct[name])
+    return [
+        {} if settings is None else {name: settings.get(name, PUBLISHED.get(name)) for name in differ}
+        for settings in all_settings
+    ]
+
+
+def tell_apart(groups):
+    """For each group, as text, the settings that differ from the other groups of its name; "" if it is alone."""
+    texts = {}
+    for name in dict.fromkeys(runs[0].name for runs in groups):
+        mine = [i for i, runs in enumerate(groups) if runs[0].name == name]
+        for i, found in zip(mine, differing([groups[i][0].settings for i in mine]), strict=True):
+            texts[i] = describe_group(groups[i][0], found) if len(mine) > 1 else ""
+    return [texts[i] for i in range(len(groups))]
+
+
+def describe_group(run, settings):
+    """Settings as text: `max_lr 0.016, stride 1`; and the steps at which the run was resumed with other ones."""
+    if run.settings is None:
+        return "no settings recorded"
+    words = [name_part(*pair).replace("_" + str(pair[1]), " " + str(pair[1])) for pair in settings.items()]
+    return ", ".join([*words, *(f"changed at step {change['step']}" for change in run.meta.get("changes", []))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,20 +296,23 @@ def is_spike(history, loss):
 
 
 def spike_steps(streams):
-    """The steps at which a loss spike begins; steps of one excursion in a row count once.
+    """The steps at which a loss spike begins (steps of one excursion in a row count once); None where it is not known.
 
-    Taken from the `spike` stream; computed from `train`, by the same rule, for logs that have none.
+    Taken from the `spike` stream. Logs without one are judged by the same rule from `train`, if they hold every step of
+    it; means over steps, as a thinned CSV holds, say nothing about spikes.
     """
-    if "spike" in streams or "train" not in streams:
-        steps, flags = streams.get("spike", (np.zeros(0, np.int64), np.zeros(0)))
+    if "spike" in streams:
+        steps, flags = streams["spike"]
         steps = steps[flags > 0]
-    else:
+    elif "train" in streams and (np.diff(streams["train"][0]) == 1).all():
         import pandas as pd
 
         steps, losses = streams["train"]
         steps, losses = steps[np.isfinite(losses)], losses[np.isfinite(losses)]
         median = pd.Series(losses).rolling(SPIKE_WINDOW, min_periods=SPIKE_MIN_HISTORY).median().shift(1).to_numpy()
         steps = steps[losses > median + SPIKE_MARGIN]
+    else:
+        return None
     return steps[np.diff(steps, prepend=-2) > 1]
 
 
@@ -174,14 +323,42 @@ def died_at_start(streams):
 
 def diverged(streams):
     """True if the trainer logged it, or the last val is not finite or DIVERGED_MARGIN above the run's own best."""
-    if "diverged" in streams:
-        return True
     _, val = streams.get("val", (None, np.zeros(0)))
-    return len(val) > 0 and not val[-1] <= np.nanmin(val) + DIVERGED_MARGIN
+    return "diverged" in streams or (len(val) > 0 and not val[-1] <= lowest(val) + DIVERGED_MARGIN)
+
+
+def stuck(run):
+    """True for a run from scratch of STUCK_MIN_STEPS steps whose val never fell below STUCK_PART of its first."""
+    steps, val = run.streams.get("val", (np.zeros(0, np.int64), np.zeros(0)))
+    from_scratch = (run.settings or {}).get("init_from", "scratch") == "scratch"
+    if not from_scratch or not len(val) or steps[0] != 0 or steps[-1] < STUCK_MIN_STEPS:
+        return False
+    return lowest(val) > STUCK_PART * val[0]
+
+
+def regressed(streams):
+    """True if the last val is REGRESSED_MARGIN above the run's own best."""
+    _, val = streams.get("val", (None, np.zeros(0)))
+    return len(val) > 0 and val[-1] > lowest(val) + REGRESSED_MARGIN
+
+
+def state_of(run):
+    """One of STATES, from the run alone: `unfinished` is for whoever knows how far the run should have got."""
+    if died_at_start(run.streams):
+        return "died"
+    if diverged(run.streams):
+        return "diverged"
+    return "stuck" if stuck(run) else "regressed" if regressed(run.streams) else "ok"
+
+
+def lowest(values):
+    """The lowest finite value, nan without one."""
+    values = values[np.isfinite(values)]
+    return values.min() if len(values) else math.nan
 
 
 def up_to(streams, step):
-    """The same streams without what came after `step`."""
+    """The same streams without the values after `step`."""
     cut = {name: (steps[steps <= step], values[steps <= step]) for name, (steps, values) in streams.items()}
     return {name: columns for name, columns in cut.items() if len(columns[0])}
 
@@ -191,93 +368,114 @@ def up_to(streams, step):
 
 
 def summary(paths, at_step=None):
-    """A pandas.DataFrame with one row per variant, from logs, thinned CSVs or `Run`s.
+    """A pandas.DataFrame with one row per group, from logs, thinned CSVs, folders or `Run`s.
 
-    runs, diverged, died (never got past step 0), unfinished; then mean and standard deviation over the seeds of the
-    *remaining* runs: what diverged is counted, not averaged. `step` is the smallest last step averaged; spikes are per
-    run, over all runs. The other columns as in `table_of_runs`.
+    variant: the name; settings: those that differ from the other groups of that name; runs, and how many of them
+    ended in each of the STATES but "ok". Then mean and standard deviation over the runs that are ok: the others are
+    counted, not averaged. `step` is the smallest last step averaged; spikes are per run, over all runs, nan where a run
+    does not tell. The other columns as in `table_of_runs`.
     """
     import pandas as pd
 
-    rows = table_of_runs(paths, at_step)
-    return pd.DataFrame([_row(name, group) for name, group in rows.groupby("name", sort=False)])
+    groups = group(as_runs(paths))
+    rows = [_row(runs, text, at_step) for runs, text in zip(groups, tell_apart(groups), strict=True)]
+    return pd.DataFrame(rows)
 
 
 def table_of_runs(paths, at_step=None):
-    """A pandas.DataFrame with one row per run, from logs, thinned CSVs or `Run`s.
+    """A pandas.DataFrame with one row per run, from logs, thinned CSVs, folders or `Run`s.
 
     val, hella: last. best_val, best_hella: the best. tok_per_sec: median over all steps. max_vio, drop_frac: median
-    over the last quarter of the steps. With `at_step`, logs are read only as far as that step, and a run that has no
-    val there is unfinished.
+    over the last quarter of the steps. nan for a stream that the log does not have. With `at_step`, logs are read only
+    as far as that step, and a run that has no val there is unfinished.
     """
     import pandas as pd
 
-    runs = [run if isinstance(run, Run) else load_run(run) for run in paths]
-    return pd.DataFrame([_measure(run, at_step) for run in runs], columns=[*_COLUMNS])
+    return pd.DataFrame([_measure(run, at_step) for run in as_runs(paths)], columns=[*_COLUMNS])
+
+
+def as_runs(paths):
+    """Runs as they are, anything else through load_runs()."""
+    if isinstance(paths, (str, Path)):
+        return load_runs(paths)
+    return list(paths) if all(isinstance(path, Run) for path in paths) else load_runs(paths)
 
 
 _COLUMNS = (
-    *("name", "seed", "state", "step", "val", "best_val", "hella", "best_hella"),
+    *("name", "run_id", "seed", "state", "step", "val", "best_val", "hella", "best_hella"),
     *("spikes", "tok_per_sec", "max_vio", "drop_frac"),
 )
 
 
 def _measure(run, at_step):
-    streams = run.streams if at_step is None else up_to(run.streams, at_step)
-    last = {name: columns[1][-1] for name, columns in streams.items()}
+    if at_step is not None:
+        run = run._replace(streams=up_to(run.streams, at_step))
+    streams, spikes = run.streams, spike_steps(run.streams)
     step = int(streams["val"][0][-1]) if "val" in streams else 0
-    state = "died" if died_at_start(streams) else "diverged" if diverged(streams) else "ok"
-    if state == "ok" and at_step is not None and step < at_step:
+    state = state_of(run)
+    if state in ("ok", "stuck") and at_step is not None and step < at_step:
         state = "unfinished"
     return {
         "name": run.name,
+        "run_id": run.run_id,
         "seed": run.seed,
         "state": state,
         "step": step,
-        "val": last.get("val", np.nan),
-        "best_val": np.nanmin(streams["val"][1]) if "val" in streams else np.nan,
-        "hella": last.get("hella", np.nan),
-        "best_hella": np.nanmax(streams["hella"][1]) if "hella" in streams else np.nan,
-        "spikes": len(spike_steps(streams)),
-        "tok_per_sec": np.median(streams["tok_per_sec"][1]) if "tok_per_sec" in streams else np.nan,
+        "val": _of(streams, "val", lambda val: val[-1]),
+        "best_val": _of(streams, "val", lowest),
+        "hella": _of(streams, "hella", lambda hella: hella[-1]),
+        "best_hella": _of(streams, "hella", max),
+        "spikes": math.nan if spikes is None else len(spikes),
+        "tok_per_sec": _of(streams, "tok_per_sec", np.median),
         "max_vio": _last_quarter(streams, "max_vio"),
         "drop_frac": _last_quarter(streams, "drop_frac"),
     }
 
 
+def _of(streams, name, measure):
+    return float(measure(streams[name][1])) if name in streams else math.nan
+
+
 def _last_quarter(streams, name):
     steps, values = streams.get(name, (np.zeros(0), np.zeros(0)))
-    return np.median(values[steps >= 0.75 * steps[-1]]) if len(values) else np.nan
+    return np.median(values[steps >= 0.75 * steps[-1]]) if len(values) else math.nan
 
 
-def _row(name, group):
-    state = group.state.copy()
-    state[(state == "ok") & (group.step < UNFINISHED * group.step.max())] = "unfinished"
-    good = group[state == "ok"]
-    row = {"variant": name, "runs": len(group)}
-    row |= {what: int((state == what).sum()) for what in ("diverged", "died", "unfinished")}
-    row["step"] = int(good.step.min()) if len(good) else int(group.step.max())
+def _row(runs, settings, at_step):
+    table = table_of_runs(runs, at_step)
+    state = table.state.copy()
+    state[state.isin(("ok", "stuck")) & (table.step < UNFINISHED * table.step.max())] = "unfinished"
+    good = table[state == "ok"]
+    row = {"variant": runs[0].name, "settings": settings, "runs": len(table)}
+    row |= {word: int((state == word).sum()) for word in STATES[1:]}
+    row["step"] = int(good.step.min()) if len(good) else int(table.step.max())
     for column in ("val", "best_val", "hella", "best_hella"):
         row |= {f"{column}_mean": good[column].mean(), f"{column}_std": good[column].std()}
-    row["spikes"] = group.spikes.mean()
+    row["spikes"] = table.spikes.mean(skipna=False)
     return row | {column: good[column].mean() for column in ("tok_per_sec", "max_vio", "drop_frac")}
 
 
 def format_summary(table):
-    """The table as text: mean±std in one column; a dash where there is nothing."""
-    shown = table[["variant", "runs", "diverged", "died", "unfinished", "step"]].copy()
-    for column, digits in (("val", 4), ("best_val", 4), ("hella", 4), ("best_hella", 4)):
+    """The table as text: mean±std in one column, a dash where there is nothing; without columns that say nothing."""
+    counts = [state for state in STATES[1:] if state == "diverged" or table[state].any()]
+    shown = table[["variant", "runs", *counts, "step"]].copy()
+    if table.settings.any():
+        shown.insert(1, "settings", [shorten(text) for text in table.settings])
+    for column in ("val", "best_val", "hella", "best_hella"):
         pairs = zip(table[f"{column}_mean"], table[f"{column}_std"], strict=True)
-        shown[column] = [_mean_std(mean, std, digits) for mean, std in pairs]
+        shown[column] = [dashed(mean, 4) + ("" if math.isnan(std) else f"±{std:.4f}") for mean, std in pairs]
     for column, digits in (("spikes", 1), ("tok_per_sec", 0), ("max_vio", 2)):
-        shown[column] = ["-" if math.isnan(value) else f"{value:.{digits}f}" for value in table[column]]
+        shown[column] = [dashed(value, digits) for value in table[column]]
     return shown.to_string(index=False)
 
 
-def _mean_std(mean, std, digits):
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:.{digits}f}" + ("" if math.isnan(std) else f"±{std:.{digits}f}")
+def dashed(value, digits):
+    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def shorten(settings, most=4):
+    words = settings.split(", ")
+    return ", ".join(words[:most]) + (f", {len(words) - most} more" if len(words) > most else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,7 +487,7 @@ WHOLE = ("val", "hella")  # never thinned: a mean over a steep part is not on th
 
 def thin(steps, values, points=POINTS):
     """At most `points` means over equal numbers of steps, each at the last step of its part."""
-    if len(steps) <= 2 * points:
+    if len(steps) <= points:
         return steps, values
     parts = np.array_split(np.arange(len(steps)), points)
     return steps[[part[-1] for part in parts]], np.array([values[part].mean() for part in parts])
@@ -302,13 +500,24 @@ def along(run, steps, axis):
     if axis == "hours":
         known = run.streams.get("hours")
         return None if known is None else np.interp(steps, known[0] + 1, known[1])  # logged after the step's update
-    per_step = run.meta.get("tokens_per_step")
     per_token = run.meta.get("flops_per_token") if axis == "flops" else 1
-    return steps * float(per_step) * per_token if per_step and per_token else None
+    return tokens_before(run.meta, steps) * per_token if run.meta.get("tokens_per_step") and per_token else None
+
+
+def tokens_before(meta, steps):
+    """Training tokens before each step; the tokens per step may change when a run is resumed."""
+    starts, sizes = [0], [meta["tokens_per_step"]]
+    for change in meta.get("changes", []):
+        if "total_batch_size" in change["settings"]:
+            starts.append(change["step"])
+            sizes.append(change["settings"]["total_batch_size"])
+    ends = [*starts[1:], math.inf]
+    parts = zip(starts, ends, sizes, strict=True)
+    return sum(size * np.clip(steps - start, 0, end - start).astype(float) for start, end, size in parts)
 
 
 def band(runs, stream, axis="step"):
-    """(x, mean, lowest, highest) over the runs of one variant, at the steps they all have; None without data."""
+    """(x, mean, lowest, highest) over the runs of one group, at the steps they all have; None without data."""
     runs = [run for run in runs if stream in run.streams]
     if not runs:
         return None
@@ -325,7 +534,8 @@ def band(runs, stream, axis="step"):
 
 def crossing(x, values, target):
     """Where `values` first comes down to `target`, between the points by a straight line; nan if it never does."""
-    below = np.flatnonzero(np.asarray(values) <= target)
+    x, values = (np.asarray(column, dtype=float)[~np.isnan(values)] for column in (x, values))
+    below = np.flatnonzero(values <= target)
     if not len(below):
         return math.nan
     i = below[0]
@@ -335,30 +545,45 @@ def crossing(x, values, target):
 # ---------------------------------------------------------------------------------------------------------------------
 # Keeping results small
 
-EVENTS = ("spike", "skipped", "diverged")
+EVENTS = ("skipped", "diverged")
 
 
 def to_csv(path, out):
     """Write the log `path` as a CSV of some ten KB: `step,stream,value`, which `read` reads too.
 
     val, hella, the expert loads and events are kept whole, the clock (`hours`) where val is; a stream logged every step
-    is thinned to POINTS means.
+    is thinned to POINTS means. `spike` begins with a 0 at the first step where the spikes of the run are known.
     """
     lines = []
-    streams = read(path)
+    streams = load_run(path).streams
     val_steps = streams["val"][0] if "val" in streams else np.zeros(0, np.int64)
+    if (spikes := spike_steps(streams)) is not None:
+        first = min(steps[0] for steps, _ in streams.values())
+        spikes = streams["spike"][0][streams["spike"][1] > 0] if "spike" in streams else spikes
+        streams["spike"] = np.array([first, *spikes]), np.array([0, *np.ones_like(spikes)])
     for name, (steps, values) in streams.items():
         if name in EVENTS:
             steps, values = steps[values > 0], values[values > 0]
         elif name == "hours":
             keep = np.isin(steps + 1, val_steps)  # `hours` of update s - 1 is when val of step s is measured
             steps, values = steps[keep], values[keep]
-        elif name not in WHOLE and not name.startswith("load_"):
+        elif name not in (*WHOLE, "spike") and not name.startswith("load_"):
             steps, values = thin(steps, values)
         form = FORMATS.get(name, ".5g")
         lines += [f"{step},{name},{value:{form}}\n" for step, value in zip(steps, values, strict=True)]
     with atomic_write(out, "w") as f:
         f.writelines([CSV_HEADER.decode(), *lines])
+
+
+def thin_into(folder, runs):
+    """A CSV of every run in `folder`, and the JSON beside its log."""
+    common.check_writable(folder, "--thin")
+    for run in runs:
+        out = Path(folder) / f"{run.path.stem}.csv"
+        to_csv(run.path, out)
+        record = run.path.with_suffix(".json")
+        if record.exists() and record.resolve() != out.with_suffix(".json").resolve():
+            shutil.copyfile(record, out.with_suffix(".json"))
 
 
 def published_curves(folder, out):
@@ -379,11 +604,11 @@ def published_curves(folder, out):
 
 @dataclass
 class Args:
-    paths: tyro.conf.Positional[tuple[str, ...]] = ()  # logs or thinned CSVs
-    at_step: int | None = None  # judge the runs at this step; default: at the last step of each
-    thin: str | None = None  # write a small CSV per log into this folder instead of the table
-    published: str | None = None  # folder with the unpacked published logs; writes --out and nothing else
-    out: str = "results/published/curves.csv"  # where --published goes
+    paths: tyro.conf.Positional[tuple[str, ...]] = ()  # Logs, thinned CSVs, and folders that hold them
+    at_step: NotNegative | None = None  # Step at which the runs are judged (default: the last of each)
+    thin: str | None = None  # Folder for a small CSV per log, written instead of the table
+    published: str | None = None  # Folder with the unpacked published logs; writes --out and nothing else
+    out: str = "results/published/curves.csv"  # File that --published writes
 
 
 def main():
@@ -391,16 +616,20 @@ def main():
     if args.published:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         return published_curves(args.published, args.out)
-    missing = next((path for path in args.paths if not Path(path).is_file()), None)
-    if missing or not args.paths:
-        raise UserError(f"no such log: {missing}" if missing else "no logs given: python runlog.py logs/log_*.txt")
-    if not args.thin:
-        return print(format_summary(summary(args.paths, args.at_step)))
-    Path(args.thin).mkdir(parents=True, exist_ok=True)
-    for path in map(Path, args.paths):
-        to_csv(path, Path(args.thin) / f"{path.stem}.csv")
-        if path.with_suffix(".json").exists():
-            (Path(args.thin) / f"{path.stem}.json").write_text(path.with_suffix(".json").read_text())
+    if not args.paths:
+        raise UserError("no logs given: name logs or a folder, e.g. python runlog.py logs")
+    problems = []
+    runs = load_runs(args.paths, problems.append)
+    if not runs:
+        raise UserError(str(problems[0]) if problems else f"no log_*.txt or log_*.csv in {' '.join(args.paths)}")
+    if args.thin:
+        thin_into(args.thin, runs)
+    else:
+        text = format_summary(summary(runs, args.at_step))
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text if "±".encode(encoding, "ignore") else text.replace("±", " +- "))
+    for problem in problems:
+        warn(problem)
 
 
 if __name__ == "__main__":

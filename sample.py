@@ -164,6 +164,16 @@ def generate(model, idx, max_new_tokens, *args, **kwargs):
     return torch.cat([idx.long(), *(column[:, None] for column in tokens)], dim=1)
 
 
+def continue_prompt(model, tokenizer, prompt, n, max_new_tokens, seed, machine):
+    """n texts that begin with `prompt`, for a look at a model in training; top 50 tokens, a generator of its own."""
+    generator = torch.Generator(machine.device).manual_seed(seed)
+    idx = torch.tensor([tokenizer.encode_ordinary(prompt)] * n, dtype=torch.int64, device=machine.device)
+    with machine.autocast():
+        rows = generate(model, idx, max_new_tokens, top_k=50, generator=generator, eot=tokenizer.eot,
+                        vocab_size=tokenizer.vocab_size).tolist()  # fmt: skip
+    return [tokenizer.decode(row[: row.index(tokenizer.eot)] if tokenizer.eot in row else row) for row in rows]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Printing
 
@@ -247,7 +257,6 @@ def main():
         print(f"note: of the prompt's {len(ids)} tokens the model sees the last {window} (block_size)", file=sys.stderr)
     idx = torch.tensor(ids[-window:], dtype=torch.int64, device=device)
     check_memory(model, len(idx), args, device)
-    sys.stdout.reconfigure(errors="replace")  # for a terminal that cannot show a character
     steps = stream(
         model, idx.repeat(args.num_samples, 1), args.max_new_tokens,
         args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed),

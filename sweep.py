@@ -2,21 +2,24 @@
 
     python sweep.py --variants all --seeds 42 2025 1337 --dry_run -- --max_steps 5000         # commands and cost
     python sweep.py --variants no_moe noisy_top_k --jobs 2 -- --device cpu --max_steps 500    # CPU, two at a time
-    python sweep.py --gpus 0 1 2 3 -- --max_steps 5000                                        # one process a GPU
-    python sweep.py --slurm partition=gpu,time=24:00:00,mem=64 -- --max_steps 5000            # one job a run
+    python sweep.py --gpus 0 1 2 3 -- --max_steps 5000                                        # one process per GPU
+    python sweep.py --slurm partition=gpu,time=24:00:00,mem=64 -- --max_steps 5000            # one job per run
 
-What follows `--` goes to every run as it is; a variant's own settings come after it and win. Call the same line again
-to go on: finished and diverged runs are passed over, interrupted ones resume from their newest checkpoint. Ctrl-C lets
-the running ones save first. Exit codes as everywhere; 2 if any run failed, after all the others have had their turn.
+What follows `--` are settings of train_single_gpu.py for every run; the settings of a variant win over them. The same
+command again continues: runs that finished or diverged are passed over, interrupted ones resume from their newest
+checkpoint. A log that was made with other settings refuses the sweep. Ctrl-C lets the running ones save first. Exit
+code 2 if any run failed, after all the others have had their turn.
 """
 
 import functools
 import math
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import warnings
 from collections import Counter
@@ -28,17 +31,20 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+import checkpoint
 import common
+import identity
 import runlog
 import train_single_gpu
-from common import UserError
+from common import DIVERGED, DONE, INTERRUPTED, AboveZero, Positive, UserError
+from identity import PUBLISHED
 from model import GPT
 
 TRAINER = Path(__file__).resolve().parent / "train_single_gpu.py"
-DIVERGED, INTERRUPTED = 3, 130  # exit codes of the trainer
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The variants: the one table of names, settings and looks. The settings are fields of train_single_gpu.Args.
+# The variants: the one table of names, settings and looks. A variant is its settings on top of the published values
+# (identity.PUBLISHED) of all MoE settings, whatever the defaults in train_single_gpu.Args are.
 
 
 class Variant(NamedTuple):
@@ -58,7 +64,7 @@ SWITCH_INIT = {"use_switch_tfm_init": True}
 SWITCH_ROUTER = {"top_k": 1, "gate": "softmax"} | AUX
 ALL_TRICKS = NOISY | AUX | Z | FULL_PREC | SWITCH_INIT
 
-PUBLISHED = (  # the published ablation: each adds one trick to the one before
+LADDER = (  # the published ablation: each adds one trick to the one before
     Variant("no_moe", "dense", "#000000", "-", "", {"n_exp": 1}),
     Variant("only_moe", "MoE, top 2", "#4477AA", "--", "o", {}),
     Variant("noisy_top_k", "+ router noise", "#EE6677", "-", "s", NOISY),
@@ -94,46 +100,63 @@ NEW = (
     ),
     Variant("sigmoid", "sigmoid gate", "#AA4499", ":", "X", {"gate": "sigmoid"}),
 )
-VARIANTS = {variant.name: variant for variant in PUBLISHED + NEW}
+VARIANTS = {variant.name: variant for variant in LADDER + NEW}
+__doc__ += "\nVariants: " + "\n".join(textwrap.wrap(", ".join(VARIANTS), 110, subsequent_indent="    "))
 
 
 def variant_of(run):
-    """The Variant whose settings a runlog.Run was made with, or None. Published logs tell by their name alone."""
-    if "args" not in run.meta:
-        return _by_log_name().get(run.name)
-    mine = run.meta["args"]
-    if mine["n_exp"] == 1:
+    """The Variant whose MoE settings a runlog.Run has, or None. Logs without settings are found by their name.
+
+    The number of experts, and every setting that no variant sets, may be any.
+    """
+    if run.settings is None:
+        return by_log_name().get(run.name)
+    if run.settings.get("n_exp", PUBLISHED["n_exp"]) == 1:
         return VARIANTS["no_moe"]
-    defaults = _fields_that_vary()
-    for variant in (variant for variant in VARIANTS.values() if variant.name != "no_moe"):
-        wanted = defaults | variant.settings
-        if all(mine.get(name, defaults[name]) == value for name, value in wanted.items()):
+    published = published_moe_settings()
+    mine = {name: run.settings.get(name, value) for name, value in published.items()}
+    for variant in VARIANTS.values():
+        if variant.name != "no_moe" and mine == published | variant.settings:
             return variant
     return None
 
 
-def _fields_that_vary():
-    """The defaults of all fields that some MoE variant sets; how many experts there are does not make a variant."""
-    names = {name for variant in VARIANTS.values() for name in variant.settings} - {"n_exp"}
-    return {name: getattr(train_single_gpu.Args, name) for name in sorted(names)}
+def look_of(run):
+    """The Variant of a run; for one that is not in the table, a grey one labelled with its unpublished MoE settings."""
+    if found := variant_of(run):
+        return found
+    label = run.name.replace("_", " ")
+    if run.settings is not None:
+        published = published_moe_settings()
+        differs = {name: value for name, value in run.settings.items() if value != published.get(name, value)}
+        label = ", ".join(["MoE", *(identity.name_part(*pair).replace("_", " ") for pair in differs.items())])
+    return Variant(run.name, label, "#777777", "-", "", {})
+
+
+def published_moe_settings():
+    """{name: published value} of the settings that only a MoE has; the default for one that is not in the table."""
+    names = train_single_gpu.Args.moe_fields()
+    return {name: PUBLISHED.get(name, getattr(train_single_gpu.Args, name)) for name in names}
 
 
 @functools.cache
-def _by_log_name():
-    return {train_single_gpu.variant_name(train_single_gpu.Args(**v.settings)): v for v in VARIANTS.values()}
+def by_log_name():
+    settings = ({**PUBLISHED, **variant.settings} for variant in VARIANTS.values())
+    names = [identity.run_name(train_single_gpu.Args(**fields)) for fields in settings]
+    return dict(zip(names, VARIANTS.values(), strict=True))
 
 
 @dataclass
 class Args:
-    variants: tuple[str, ...] = ("all",)  # names from the table in sweep.py, or `all`
-    seeds: tuple[int, ...] = (42, 2025, 1337)  # one run of every variant for each
-    run_id: str = "sweep"  # part of every log's name; another one starts everything afresh
-    gpus: tuple[int, ...] = ()  # one process on each; a number given twice takes two; default: all there are
-    jobs: int | None = None  # processes at once on the CPU, which share its cores
-    dry_run: bool = False  # print the commands, tokens, FLOPs and hours, and start nothing
-    tok_per_sec: float | None = None  # speed to estimate hours with; default: that of runs already in the logs
-    slurm: str = ""  # partition=..,time=..,gpus=..,cpus=..,mem=<GB> and any other sbatch option: one SLURM job a run
-    cluster: Literal["slurm", "local"] = "slurm"  # where --slurm submits to; local: submitit's executor on this machine
+    variants: tuple[str, ...] = ("all",)  # Names of variants, or all
+    seeds: tuple[int, ...] = (42, 2025, 1337)  # Seeds: one run of every variant for each
+    run_id: str = "sweep"  # Part of every log's name; another one starts everything afresh
+    gpus: tuple[str, ...] = ()  # GPUs, one process on each; one given twice takes two (default: all visible ones)
+    jobs: Positive | None = None  # Processes at once on the CPU, which share its cores
+    dry_run: bool = False  # Print commands, tokens, FLOPs and hours, and start nothing
+    tok_per_sec: AboveZero | None = None  # Tokens per second for the hours of --dry_run (default: that in the logs)
+    slurm: str = ""  # partition=..,time=..,gpus=..,cpus=..,mem=<GB> and any other sbatch option: one job per run
+    cluster: Literal["slurm", "local"] | None = None  # Where --slurm submits to; local: processes on this machine
 
 
 @dataclass
@@ -144,6 +167,7 @@ class Job:
     command: list[str]
     args: train_single_gpu.Args
     log: Path
+    folder: Path  # of its checkpoints
     state: str = "waiting"
     poll: Callable[[], int | None] = lambda: None  # the exit code once there is one
     process: subprocess.Popen | None = None
@@ -159,11 +183,20 @@ class Job:
 # What to run
 
 
+RESERVED = {"seed": "--seeds", "run_id": "--run_id"}  # trainer's setting: the sweep's, which stands before --
+
+
 def make_jobs(args, flags):
     """One Job per variant and seed, seed by seed so that the first comparison is whole early."""
     unknown = [name for name in args.variants if name not in VARIANTS and name != "all"]
-    if unknown:
-        raise UserError(f"no variant {unknown[0]!r}; there are: all {' '.join(VARIANTS)}")
+    if unknown or not args.variants:
+        wrong = f"no variant {unknown[0]!r}" if unknown else "--variants names no variant"
+        raise UserError(f"{wrong}; there are: all {' '.join(VARIANTS)}")
+    if not args.seeds:
+        raise UserError("--seeds names no seed: give at least one number")
+    for name in (name for name in map(setting_of, flags) if name in (*RESERVED, "resume")):
+        instead = f"pass {RESERVED[name]} before `--`" if name in RESERVED else "leave it out"
+        raise UserError(f"--{name} after `--`: sweep.py sets it for each run; {instead}")
     names = list(VARIANTS) if "all" in args.variants else list(dict.fromkeys(args.variants))
     jobs = [make_job(args, name, seed, flags) for seed in dict.fromkeys(args.seeds) for name in names]
     owners = {}
@@ -173,48 +206,97 @@ def make_jobs(args, flags):
             raise UserError(f"{other} and {job} are the same run with these flags: leave out one, or the flag after --")
     for job in jobs:
         follow(job)
+        job.state = "diverged" if "diverged" in job.last else "waiting" if missing(job) else "done"
+        check_settings(job)
     return jobs
 
 
+def setting_of(flag):
+    """max_steps for --max_steps, --max-steps and --max_steps=5; None for a value."""
+    return flag[2:].partition("=")[0].replace("-", "_") if flag.startswith("--") else None
+
+
 def make_job(args, name, seed, flags):
-    settings = {**VARIANTS[name].settings, "seed": seed, "run_id": args.run_id, "resume": "auto"}
-    argv = [*flags, *as_flags(settings)]
+    settings = VARIANTS[name].settings | {"seed": seed, "run_id": args.run_id, "resume": "auto"}
+    argv = [*as_flags(edited_settings(name)), *flags, *as_flags(settings)]
     try:
         train_args = common.parse(train_single_gpu.Args, argv)
         train_single_gpu.check_args(train_args, world_size=1)
     except UserError as error:
         raise UserError(f"train flags: {str(error).replace(Path(sys.argv[0]).name, TRAINER.name)}") from None
-    run_name = train_args.name or train_single_gpu.variant_name(train_args)
-    log = runlog.log_path(train_args.logs_dir, run_name, args.run_id, seed)
-    return Job(name, [sys.executable, str(TRAINER), *argv], train_args, log)
+    parts = train_args.name or identity.run_name(train_args), args.run_id, seed
+    folder = Path(train_args.checkpoint_dir) / identity.run_stem(*parts)
+    return Job(
+        name, [sys.executable, str(TRAINER), *argv], train_args, runlog.log_path(train_args.logs_dir, *parts), folder
+    )
+
+
+def edited_settings(name):
+    """The published values of MoE settings whose default in train_single_gpu.Args is another one."""
+    if name == "no_moe":
+        return {}
+    published = {"n_exp": PUBLISHED["n_exp"], **published_moe_settings()}
+    return {name: value for name, value in published.items() if value != getattr(train_single_gpu.Args, name)}
 
 
 def as_flags(settings):
     flags = []
     for name, value in settings.items():
-        flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+        flags += [f"--{name}"] if value is True else [f"--no_{name}"] if value is False else [f"--{name}", str(value)]
     return flags
 
 
 def follow(job):
-    """Take in what the log has gained, and from that the state of a run that has no process."""
-    if job.log.exists():
-        stat = job.log.stat()
-        if stat.st_ino != job.inode:  # a resumed run has cut and replaced its log
-            job.inode, job.read_to, job.last = stat.st_ino, 0, {}
-        with open(job.log, "rb") as f:
-            f.seek(job.read_to)
-            new = f.read()
-        new = new[: new.rfind(b"\n") + 1]
-        job.read_to += len(new)
-        for line in new.splitlines():
-            step, stream, value = line.split()
-            job.last[stream.decode()] = (int(step), float(value))
-    if job.state == "waiting":
-        if "diverged" in job.last:
-            job.state = "diverged"
-        elif job.last.get("val", (-1,))[0] >= job.args.max_steps:
-            job.state = "done"
+    """Read the lines that the log has gained. Malformed ones are passed over: the trainer removes or names them."""
+    if not job.log.exists():
+        return
+    stat = job.log.stat()
+    if stat.st_ino != job.inode or stat.st_size < job.read_to:  # a resumed run has cut and replaced its log
+        job.inode, job.read_to, job.last = stat.st_ino, 0, {}
+    with open(job.log, "rb") as f:
+        f.seek(job.read_to)
+        new = f.read()
+    new = new[: new.rfind(b"\n") + 1]
+    job.read_to += len(new)
+    for step, stream, value in filter(None, map(runlog.parse_line, new.splitlines())):
+        job.last[stream] = (step, value)
+
+
+def missing(job):
+    """What a finished run has and this one has not, as text; "" for a finished run."""
+    stream, last = ("val", job.args.max_steps) if job.args.val_loss_every else ("train", job.args.max_steps - 1)
+    if job.last.get(stream, (-1,))[0] < last:
+        return f"no {stream} of step {last} in {job.log}"
+    newest = checkpoint.newest(job.folder) if job.args.save_checkpoint else None
+    if job.args.save_checkpoint and (newest is None or checkpoint.step_of(newest) < job.args.max_steps):
+        return f"no checkpoint of step {job.args.max_steps} in {job.folder}"
+    return ""
+
+
+def check_settings(job):
+    """UserError for a run whose log was made with other settings than the wanted ones.
+
+    A run that is still to be continued may have those changed that the trainer lets change on resume.
+    """
+    record = identity.read_record(job.log) if job.last else {}
+    there = runlog.recorded_settings(record)
+    if there is None:
+        return
+    here = identity.settings_of(job.args) | {"parent": there.get("parent")}
+    here["hellaswag_limit"] = here["hellaswag_limit"] or "auto"  # the trainer chooses by the machine
+    if "settings" not in record:  # made before logs named their data
+        here["data"] = there["data"]
+    pairs = identity.differences(there, here)
+    over = job.state != "waiting" or max(step for step, _ in job.last.values()) > job.args.max_steps
+    fixed = common.hints(train_single_gpu.Args)
+    pairs = {name: pair for name, pair in pairs.items() if over or identity.role(fixed.get(name)).fixed}
+    if "data" in pairs:
+        raise UserError(f"{job}: {job.log} was made with other shards than those in {job.args.data_root}: {REMEDY}")
+    if pairs:
+        raise UserError(f"{job}: {job.log} was made with other settings ({identity.describe(pairs)}): {REMEDY}")
+
+
+REMEDY = "pass the same ones, or another --run_id"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -222,11 +304,11 @@ def follow(job):
 
 
 def run_here(jobs, slots):
-    """Keep every slot busy until all jobs have run. On Ctrl-C the running ones are told, and waited for."""
+    """Keep every slot busy until all jobs have run. On Ctrl-C the running ones are told to stop, and waited for."""
     waiting, busy = [job for job in jobs if job.state == "waiting"], {}
     show = Display(jobs)
-    asked, heeded = [], 0  # not exceptions: one within Popen would leave a process that nobody knows of
-    handlers = {  # a cluster's notice is as good as a Ctrl-C; what a shell starts with & goes on ignoring Ctrl-C
+    asked, heeded = [], 0  # signals are noted, not raised: an exception within Popen would leave a process unknown
+    handlers = {  # SIGTERM, a cluster's notice, counts like Ctrl-C; a process that ignores Ctrl-C (shell &) keeps to it
         number: signal.signal(number, lambda number, _: asked.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
         if signal.getsignal(number) != signal.SIG_IGN
@@ -243,7 +325,7 @@ def run_here(jobs, slots):
             for slot, job in list(busy.items()):
                 if ended(job):
                     del busy[slot]
-                    if asked and job.state == "failed":  # killed, or told while it was still importing
+                    if asked and job.state == "failed":  # killed, or stopped while it was still importing
                         job.state = "interrupted"
             show.update()
     finally:
@@ -255,19 +337,20 @@ def run_here(jobs, slots):
 
 
 def start(job, gpu, n_slots):
-    """Start the run on `gpu`; None is a share of the CPU."""
+    """Start the run on the GPU of that name; None is a share of the CPU."""
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n_slots)), **os.environ}
     if gpu is not None:
-        env["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        env["CUDA_VISIBLE_DEVICES"] = gpu
     job.process = launch(job.command, job.log, env)
     job.poll, job.state = job.process.poll, "running"
     return job
 
 
 def launch(command, log, env):
-    """A trainer's process, its output beside its log.
+    """The trainer as a process, its output beside its log.
 
-    In a session of its own: neither the terminal's Ctrl-C nor SLURM's SIGUSR2, both meant for us, may kill it unsaved.
+    It has a session of its own: the terminal's Ctrl-C and SLURM's SIGUSR2, both meant for the sweep, must not kill it
+    before it has saved.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log.with_suffix(".out"), "ab") as out, open(log.with_suffix(".err"), "wb") as err:
@@ -279,19 +362,21 @@ def ended(job):
     follow(job)
     code = job.poll()
     if code is not None:
-        follow(job)  # what was written between the two
-        job.state = {0: "done", DIVERGED: "diverged", INTERRUPTED: "interrupted"}.get(code, "failed")
+        follow(job)  # lines written between the two
+        job.state = {DIVERGED: "diverged", INTERRUPTED: "interrupted"}.get(code, "failed")
+        if code == DONE and not missing(job):
+            job.state = "done"
     return code is not None
 
 
 def stop(jobs, kill):
-    """Pass the interrupt on: each run saves a checkpoint and leaves. A second Ctrl-C does not wait for that."""
+    """Tell the runs to save a checkpoint and end; with `kill`, on a second Ctrl-C, end them at once."""
     if kill:
         for job in jobs:
             job.process.kill()
     else:
         print(f"\nstopping: {len(jobs)} runs save a checkpoint; Ctrl-C again to kill them", file=sys.stderr)
-        for job in jobs:  # not SIGINT, which what a shell starts with & ignores until it has its own handler
+        for job in jobs:  # not SIGINT: a process started with & by a shell ignores it until it has its own handler
             job.process.terminate()
 
 
@@ -300,7 +385,7 @@ def stop(jobs, kill):
 
 
 class TrainJob:
-    """What a node executes. submitit pickles it, and calls `checkpoint` on pre-emption and when the time is up."""
+    """The function that a node runs. submitit pickles it, and calls `checkpoint` on pre-emption and time-out."""
 
     def __init__(self, command, log):
         self.command, self.log = command, log
@@ -315,13 +400,13 @@ class TrainJob:
         from submitit.helpers import DelayedSubmission
 
         self.process.send_signal(signal.SIGTERM)
-        # Not process.wait(): this runs in a signal handler, maybe inside the poll() above, which holds Popen's lock.
+        # Not process.wait(): this runs in a signal handler, perhaps within poll() above, which holds Popen's lock.
         os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
         return DelayedSubmission(TrainJob(self.command, self.log))
 
 
 def run_on_cluster(jobs, options, cluster):
-    """Submit what is to be run and watch the logs. Ctrl-C stops the watching, not the jobs."""
+    """Submit the waiting jobs and watch their logs. Ctrl-C ends the watching, not the jobs."""
     todo = [job for job in jobs if job.state == "waiting"]
     if not todo:
         return
@@ -335,7 +420,7 @@ def run_on_cluster(jobs, options, cluster):
             todo = [job for job in todo if not ended(job)]
             show.update()
     except KeyboardInterrupt:
-        print("\nthe jobs go on without this table; scancel ends them", file=sys.stderr)
+        print("\nthe jobs continue without this table; scancel ends them", file=sys.stderr)
         raise
     finally:
         show.update(final=True)
@@ -367,7 +452,7 @@ def slurm_parameters(options, cluster):
         parameters["cpus_per_task"] = int(given.pop("cpus", 8))
         parameters["mem_gb"] = float(given.pop("mem", 64))
     except ValueError as error:
-        raise UserError(f"--slurm {options!r}: {error}; time is minutes or [days-]hours:minutes:seconds") from None
+        raise UserError(f"--slurm {options!r}: {error}") from None
     if cluster == "local":
         return parameters
     if "partition" in given:
@@ -376,17 +461,22 @@ def slurm_parameters(options, cluster):
 
 
 def slurm_minutes(text):
-    """90, 1:30:00 or 2-12:00:00 as minutes, rounded up."""
-    days, _, clock = text.rpartition("-")
-    parts = [int(part) for part in clock.split(":")]
-    if len(parts) == 1:
-        return parts[0]
-    hours, minutes, seconds = (*parts, 0, 0)[:3]
-    return (int(days or 0) * 24 + hours) * 60 + minutes + (seconds > 0)
+    """A time limit as sbatch reads it, in minutes, rounded up. ValueError for any other text."""
+    match = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", text)
+    if match:
+        days, *numbers = (int(number or 0) for number in match.groups())
+        if match[1] is None and match[4] is None:  # minutes, or minutes:seconds
+            numbers = [0, *numbers[:2]]
+        hours, minutes, seconds = numbers
+        total = (days * 24 + hours) * 60 + minutes + math.ceil(seconds / 60)
+    if not match or not total:
+        forms = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes"
+        raise ValueError(f"time {text!r} is none of {forms} and days-hours:minutes:seconds, above 0")
+    return total
 
 
 def exit_code(submitted):
-    """Of a submitit job; None while it runs, 1 for a job that the cluster ended."""
+    """Exit code of a submitit job; None while it runs, 1 for one that the cluster ended."""
     import submitit
 
     if not submitted.done():
@@ -437,22 +527,24 @@ class Display:
 
 
 def reason(job):
-    """Why a run failed: the last line on its stderr."""
-    err = job.log.with_suffix(".err")
-    if job.state != "failed" or not err.exists():
+    """Why a run failed: the last line on its stderr, or what it should have left behind."""
+    if job.state != "failed":
         return ""
-    lines = err.read_text(errors="replace").strip().splitlines()
+    if job.poll() == DONE:
+        return f" - {missing(job)}, though it ended with exit code 0"
+    err = job.log.with_suffix(".err")
+    lines = err.read_text(errors="replace").strip().splitlines() if err.exists() else []
     return f" - {lines[-1]} (all of it: {err})" if lines else f" - exit code {job.poll()}, nothing in {err}"
 
 
 def estimate(jobs, n_slots, tok_per_sec):
-    """Print every command, then tokens, FLOPs and hours: what is left to be done, not what is."""
+    """Print every command, then tokens, FLOPs and hours of the steps that are left to do."""
     flops = {job.variant: flops_per_token(job.args) for job in jobs}
-    speeds = {job.variant: median_speed(job) for job in jobs if "tok_per_sec" in job.last}
+    speeds = {job.variant: speed for job in jobs if (speed := median_speed(job))}
     total_tokens = total_flops = total_hours = 0
-    print(f"{'variant':20} {'seed':>6}  {'state':11} {'tokens':>9} {'FLOPs':>9} {'hours':>7}")
+    print(f"{'variant':20} {'seed':>6}  {'state':11} {'identity':12} {'tokens':>9} {'FLOPs':>9} {'hours':>7}")
     for job in jobs:
-        done = 0 if job.state == "waiting" and "val" not in job.last else job.last["val"][0]
+        done = job.last["train"][0] + 1 if "train" in job.last else 0
         left = 0 if job.state in ("done", "diverged") else max(0, job.args.max_steps - done)
         tokens = left * job.args.total_batch_size
         # A variant that has not run yet is taken to be as slow as the slowest that has.
@@ -460,9 +552,10 @@ def estimate(jobs, n_slots, tok_per_sec):
         hours = tokens / speed / 3600 if speed else float("nan")
         total_tokens, total_hours = total_tokens + tokens, total_hours + hours
         total_flops += tokens * flops[job.variant]
+        known = identity.read_record(job.log).get("identity", "-")
         cost = f"{tokens:9.3g} {tokens * flops[job.variant]:9.3g} {hours:7.2f}"
-        print(f"{job.variant:20} {job.args.seed:>6}  {job.state:11} {cost}")
-    print(f"{'all':20} {'':>6}  {'':11} {total_tokens:9.3g} {total_flops:9.3g} {total_hours:7.2f}")
+        print(f"{job.variant:20} {job.args.seed:>6}  {job.state:11} {known:12} {cost}")
+    print(f"{'all':20} {'':>6}  {'':11} {'':12} {total_tokens:9.3g} {total_flops:9.3g} {total_hours:7.2f}")
     if np.isnan(total_hours):
         print("hours are not known before a run has logged its speed: give --tok_per_sec")
     else:
@@ -472,7 +565,12 @@ def estimate(jobs, n_slots, tok_per_sec):
 
 
 def median_speed(job):
-    return float(np.median(runlog.read(job.log)["tok_per_sec"][1]))
+    """Tokens per second in the log, None where it cannot be read or has none."""
+    try:
+        streams = runlog.read(job.log)
+    except (UserError, OSError):
+        return None
+    return float(np.median(streams["tok_per_sec"][1])) if "tok_per_sec" in streams else None
 
 
 def flops_per_token(args):
@@ -484,25 +582,58 @@ def flops_per_token(args):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def visible_gpus():
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(count)] if names is None else [name.strip() for name in names.split(",")][:count]
+
+
 def slots_of(args):
-    """A GPU number for each process that runs at once; None stands for a share of the CPU."""
+    """The name of a GPU for each process that runs at once; None stands for a share of the CPU."""
+    if args.jobs is not None and args.gpus:
+        raise UserError("--jobs is for the CPU and --gpus for GPUs: leave out one of them")
     if args.jobs is not None:
-        if args.jobs < 1 or args.gpus:
-            raise UserError("--jobs counts processes on the CPU, at least 1, and does not go with --gpus")
         return [None] * args.jobs
-    return list(args.gpus) or list(range(torch.cuda.device_count())) or [None]
+    visible = visible_gpus()
+    for gpu in args.gpus:
+        if gpu not in visible:
+            there = f"there are {' '.join(visible)}" if visible else "this process sees no GPU: use --jobs"
+            raise UserError(f"--gpus {gpu} is not available: {there}")
+    return list(args.gpus) or visible or [None]
+
+
+def parse(argv):
+    """Args, and the trainer's flags after `--`."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    try:
+        args = common.parse(Args, argv[:cut])
+    except UserError:
+        names = {name.removeprefix("no_") for name in map(setting_of, argv[:cut]) if name}
+        theirs = [name for name in common.hints(train_single_gpu.Args) if name in names - common.hints(Args).keys()]
+        if theirs:
+            raise UserError(
+                f"--{theirs[0]} is a setting of the trainer: put it after `--`, as in sweep.py ... -- --{theirs[0]} ..."
+            ) from None
+        raise
+    if args.cluster and not args.slurm:
+        raise UserError("--cluster says where --slurm submits to: give --slurm too, or leave it out")
+    return args, argv[cut + 1 :]
 
 
 def main():
-    argv = sys.argv[1:]
-    cut = argv.index("--") if "--" in argv else len(argv)
-    args = common.parse(Args, argv[:cut])
-    jobs = make_jobs(args, argv[cut + 1 :])
-    slots = slots_of(args)
-    if args.dry_run:
-        return estimate(jobs, len(jobs) if args.slurm else len(slots), args.tok_per_sec)
+    args, flags = parse(sys.argv[1:])
+    jobs = make_jobs(args, flags)
+    slots = [None] * len(jobs) if args.slurm else slots_of(args)
     if args.slurm:
-        run_on_cluster(jobs, args.slurm, args.cluster)
+        slurm_parameters(args.slurm, args.cluster)  # refused before anything starts
+    if args.dry_run:
+        return estimate(jobs, len(slots), args.tok_per_sec)
+    for job in jobs:
+        if job.state == "waiting" and "checkpoint" in (lost := missing(job)):
+            print(f"{job}: {lost}: it is trained again from the newest one", flush=True)
+    if args.slurm:
+        run_on_cluster(jobs, args.slurm, args.cluster or "slurm")
     else:
         run_here(jobs, slots)
     bad = [job for job in jobs if job.state in ("failed", "interrupted")]

@@ -1,21 +1,19 @@
-"""Local files -> documents: text, jsonl and parquet, also packed with gzip or zstandard.
+"""Local files -> documents: text, jsonl (both also packed with gzip or zstandard) and parquet.
 
     for name, path in find_files(["notes/", "books.jsonl.zst"]):  # or stdlib_files(): Python's own library
         for chunks in read_documents(path, column="text"):
             document = "".join(chunks)
 
-A text file is one document; a jsonl or parquet file has one in `column` of each row. What cannot be read is a UserError
-that names the file and the byte, line or row.
+A text file is one document; a jsonl or parquet file has one in `column` of each row. An unreadable file is a UserError
+that names the file and the byte, line or row. Own code, because no kept library streams all of these and names them.
 """
 
 import codecs
-import contextlib
 import gzip
 import itertools
 import json
 import os
 import sysconfig
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -24,10 +22,12 @@ import zstandard
 from common import UserError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+PACKED = (".gz", ".zst")  # of all but parquet, which is read from its end
+BLOCK = 1 << 20  # bytes read at once
 
 
 def stdlib_files():
-    """(name, path) of the standard library's modules and their tests, sorted; a few tests are not UTF-8, on purpose."""
+    """(name, path) of the standard library's UTF-8 modules and tests, sorted. (A few tests are in other encodings.)"""
     root = Path(sysconfig.get_path("stdlib"))
     paths = [path for path in walk(root, (".py",)) if not {"site-packages", "dist-packages"} & set(path.parts)]
     paths = [(path.relative_to(root).as_posix(), path) for path in paths if is_utf8(path)]
@@ -45,21 +45,30 @@ def is_utf8(path):
 
 
 def find_files(roots):
-    """(name, path) of every file to read: files in the order given, folders sorted."""
-    found = []
+    """(name, path) of every file to read: files in the order given, folders sorted. A file given twice is refused."""
+    found, names = [], {}
     for root in map(Path, roots):
-        if root.is_dir():
-            inside = walk(root, SUFFIXES)
-            if not inside:
-                raise UserError(f"no {' '.join(SUFFIXES)} files (or .gz, .zst of them) in the folder {root}")
-            found += [(path.as_posix(), path) for path in inside]
-        elif not root.exists():
-            raise UserError(f"--files {root}: no such file or folder")
-        elif text_suffix(root) not in SUFFIXES:
-            raise UserError(f"--files {root}: not one of {' '.join(SUFFIXES)} (or .gz, .zst of them)")
-        else:
-            found.append((root.as_posix(), root))
+        for path in files_of(root):
+            name = path.as_posix()
+            if (first := names.setdefault(path.resolve(), name)) is not name:
+                also = "" if first == name else f" (also as {first})"
+                raise UserError(f"--files gives {name} twice{also}: give it once")
+            found.append((name, path))
     return found
+
+
+def files_of(root):
+    """The file `root`, or the files below the folder `root`."""
+    if root.is_dir():
+        paths = walk(root, SUFFIXES)
+        if not paths:
+            raise UserError(f"--files {root}: no {' '.join(SUFFIXES)} file in this folder")
+        return paths
+    if not root.exists():
+        raise UserError(f"--files {root}: no such file or folder")
+    if text_suffix(root) not in SUFFIXES:
+        raise UserError(f"--files {root}: not one of {' '.join(SUFFIXES)} (or .gz, .zst of all but .parquet)")
+    return [root]
 
 
 def walk(root, suffixes):
@@ -73,11 +82,12 @@ def walk(root, suffixes):
 
 def text_suffix(path):
     """`.jsonl` of both `a.jsonl` and `a.jsonl.gz`."""
-    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix
+    inner = path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
+    return path.suffix if path.suffix in PACKED and inner == ".parquet" else inner
 
 
 def read_documents(path, column):
-    """Documents of one file, each an iterable of chunks: a text file is one document and may be larger than memory."""
+    """Documents of one file, each an iterable of chunks. A text file is one document and may be larger than memory."""
     suffix = text_suffix(path)
     try:
         if suffix == ".jsonl":
@@ -109,42 +119,60 @@ def read_text(path):
         raise unreadable(path, error) from error
 
 
-def read_blocks(path, size=1 << 20):
-    """Bytes of a file, unpacked, block by block; none of them empty."""
+def read_blocks(path):
+    """Bytes of a file, unpacked, block by block; no block is empty."""
     with open(path, "rb") as raw:
+        if path.suffix in PACKED and not os.fstat(raw.fileno()).st_size:
+            raise EOFError(f"the file is empty, which no whole {path.suffix} file is")
         if path.suffix == ".zst":
-            yield from filter(None, unpack_zstd(raw, size))
+            yield from unpack_zstd(raw)
             return
         with gzip.open(raw) if path.suffix == ".gz" else raw as f:
-            while block := f.read(size):
+            while block := f.read(BLOCK):
                 yield block
 
 
-def unpack_zstd(raw, size):
-    """`zstandard`'s own reader takes a file that breaks off for a shorter one, so the end is checked here."""
-    frame = None
-    while block := raw.read(size):
-        while block:
+def unpack_zstd(raw, step=1024):
+    """Blocks of a zstd file. `zstandard`'s own reader takes a truncated file for a shorter one; this raises EOFError.
+
+    A few bytes can unpack to 128 KB. The input goes in by `step` bytes, so that a block stays below 34 MB.
+    """
+    frame, out = None, bytearray()
+    while packed := raw.read(step):
+        while packed:
             frame = frame or zstandard.ZstdDecompressor().decompressobj()
-            yield frame.decompress(block)
-            block = frame.unused_data if frame.eof else b""
+            out += frame.decompress(packed)
+            packed = frame.unused_data if frame.eof else b""
             frame = None if frame.eof else frame
+        if len(out) >= BLOCK:
+            yield bytes(out)
+            out.clear()
     if frame is not None:
-        raise EOFError("the zstd stream breaks off")
+        raise EOFError("the zstd stream is truncated")
+    if out:
+        yield bytes(out)
 
 
 def read_lines(path):
-    tail = b""
+    """Lines of a file as bytes, without their ends."""
+    parts = []  # of a line that spans blocks: joined once, so that a long line takes linear time
     for block in read_blocks(path):
-        *lines, tail = (tail + block).split(b"\n")
-        yield from lines
-    if tail:
-        yield tail
+        first, *rest = block.split(b"\n")
+        parts.append(first)
+        if rest:
+            yield b"".join(parts)
+            *lines, last = rest
+            yield from lines
+            parts = [last]
+    if any(parts):
+        yield b"".join(parts)
 
 
 def read_jsonl(path, column):
-    before = 0  # bytes
+    before = 0  # bytes before this line
     for number, line in enumerate(read_lines(path), start=1):
+        if number == 1 and line.startswith(codecs.BOM_UTF8):
+            line, before = line.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         try:
             row = json.loads(line.decode()) if line.strip() else {column: None}
         except UnicodeDecodeError as error:
@@ -163,40 +191,26 @@ def read_parquet(path, column):
     import pyarrow  # here, not above: every worker of fineweb.py imports this file
     import pyarrow.parquet
 
-    with contextlib.ExitStack() as stack:
-        try:
-            f = pyarrow.parquet.ParquetFile(stack.enter_context(open_seekable(path)))
+    row = 0
+    try:
+        with open(path, "rb") as raw:
+            f = pyarrow.parquet.ParquetFile(raw)
             if column not in f.schema_arrow.names:
                 raise UserError(missing_column(column, f.schema_arrow.names, path))
-            row = 0
             for batch in f.iter_batches(batch_size=64, columns=[column], use_threads=False):
                 for value in batch.column(0):
                     text = checked_text({column: value.as_py()}, column, f"{path} row {row}")
                     row += 1
                     if text:
                         yield [text]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8: byte {error.start} of row {row}") from error
-        except pyarrow.ArrowException as error:
-            raise unreadable(path, error) from error
-
-
-@contextlib.contextmanager
-def open_seekable(path):
-    """A parquet file is read from its end, so a packed one is unpacked into a temporary file first."""
-    if path.suffix == ".parquet":
-        with open(path, "rb") as f:
-            yield f
-        return
-    with tempfile.TemporaryFile() as f:
-        for block in read_blocks(path):
-            f.write(block)
-        f.seek(0)
-        yield f
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: byte {error.start} of row {row}") from error
+    except pyarrow.ArrowException as error:
+        raise unreadable(path, error) from error
 
 
 def checked_text(row, column, where):
-    """The text of one row; None, which parquet and JSON allow, counts as no document."""
+    """The text of one row; None (a null of parquet or JSON) counts as no document."""
     if column not in row:
         raise UserError(missing_column(column, row, where))
     text = row[column]

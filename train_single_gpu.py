@@ -19,8 +19,6 @@ import contextlib
 import dataclasses
 import inspect
 import math
-import os
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +142,7 @@ class Run:
     console: logger.Console
     saver: checkpoint.BackgroundSaver
     folder: Path  # of the checkpoints
-    stop: "Stop"
+    stop: common.Stop
     first_step: int  # at which this process started or resumed
     saved_at: float = dataclasses.field(default_factory=time.monotonic)  # time of the last checkpoint
 
@@ -223,7 +221,7 @@ def train_step(run):
     norm = clip_gradients(raw_model, args.grad_clip)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(step, args)
-    flags = [run.stop.requested, is_late(run)]
+    flags = [run.stop.requested or run.log.error is not None, is_late(run)]
     losses, grad_norm, (stop, late), table = collect(losses, norm, flags, tables, machine)
     applied = all(map(math.isfinite, losses.values())) and math.isfinite(grad_norm)
     if applied:
@@ -308,9 +306,13 @@ def evaluate(run):
         run.console.say(f"step {step:6d} | " + " | ".join(f"{name} {value:.4f}" for name, value in streams.items()))
     if due(step, args.sample_from_model_every, args.max_steps) and step > 0:
         try:
-            print_samples(run)
+            texts = sample.continue_prompt(
+                run.raw_model, run.tokenizer, args.sample_prompt, 4, 32, args.seed, run.machine
+            )
         except sample.BrokenModel as error:  # the next step says that the run diverged, or is skipped
-            run.console.say(f"step {step}: no samples, {error}")
+            texts = [f"none: {error}"]
+        for i, text in enumerate(texts):
+            run.console.say(f"step {step} sample {i}: {text!r}")
 
 
 @torch.no_grad()
@@ -332,40 +334,8 @@ def mean_loss(model, loader, steps, machine, console):
     return loss / batches
 
 
-def print_samples(run):
-    """Four continuations of --sample_prompt, 32 tokens each."""
-    args, tokenizer, device = run.args, run.tokenizer, run.machine.device
-    generator = torch.Generator(device).manual_seed(args.seed)
-    prompt = torch.tensor([tokenizer.encode_ordinary(args.sample_prompt) or [tokenizer.eot]] * 4, device=device)
-    with run.machine.autocast():
-        rows = sample.generate(
-            run.raw_model, prompt, 32, top_k=50, generator=generator, eot=tokenizer.eot, vocab_size=tokenizer.vocab_size
-        )
-    for i, row in enumerate(rows.tolist()):
-        text = row[: row.index(tokenizer.eot, 1)] if tokenizer.eot in row[1:] else row
-        run.console.say(f"step {run.progress.step} sample {i}: {tokenizer.decode(text)!r}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Saving and ending
-
-
-class Stop:
-    """Set by SIGTERM, SIGINT or SIGHUP: the loop finishes its step, saves and ends. A second SIGINT ends at once."""
-
-    def __init__(self):
-        self.requested = False
-        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), self)
-
-    def __call__(self, signum, frame):
-        if self.requested and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.requested and common.world()[0] == 0:
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, b"\nstopping: a checkpoint is saved first; Ctrl-C again stops without one\n")
-        self.requested = True
 
 
 def is_late(run):
@@ -397,9 +367,10 @@ def last_save(run):
     """The last checkpoint, waited for. UserError when it could not be written."""
     if run.progress.step > run.first_step:  # a run that was finished already keeps its checkpoint
         save(run)
-    error = run.saver.wait()
-    if error and run.args.save_checkpoint:
+    if (error := run.saver.wait()) and run.args.save_checkpoint:
         raise UserError(f"the last checkpoint could not be written to {run.folder} ({error}): free space, run again")
+    if run.log.error:
+        raise run.log.error
 
 
 def finish(run):
@@ -447,16 +418,6 @@ def check_args(args, world_size):
     model_config(args)
 
 
-def notes(args):
-    """Settings that are allowed and surely not meant."""
-    if args.warmup_steps >= args.max_steps:
-        yield f"--warmup_steps {args.warmup_steps} is not below --max_steps {args.max_steps}: --max_lr is never reached"
-    if args.n_exp == 1:
-        given = [f"--{name}" for name in args.moe_fields() if getattr(args, name) != identity.PUBLISHED[name]]
-        if given:
-            yield f"{', '.join(given)}: no effect on a dense model (--n_exp 1)"
-
-
 def model_config(args):
     """GPTConfig from the fields of Args that bear the same names."""
     settings = {name: getattr(args, name) for name in MODEL_FIELDS}
@@ -468,7 +429,7 @@ def model_config(args):
 
 def set_up(args, machine, stem, log_path, folder, console):
     """Build everything a run needs; on several ranks every step ends with all of them agreeing."""
-    stop, is_main = Stop(), machine.is_main
+    stop, is_main = common.Stop(), machine.is_main
     state = common.together(
         lambda: identity.find_state(args, folder, log_path, console.say) if is_main else None, machine
     )
@@ -487,17 +448,16 @@ def set_up(args, machine, stem, log_path, folder, console):
     examples = hellaswag.load_for_training(
         args.hellaswag_data, args.hellaswag_limit, tokenizer, args.hellaswag_every, machine, console.say
     )
-    if brief and settings == brief["record"]["settings"]:
+    record = logger.describe_run(args, settings, raw_model, machine)
+    if brief and settings == brief["record"]["settings"]:  # the same run: as it began, and what has changed since
         record = brief["record"] | {"changes": changes}
-    else:
-        record = logger.describe_run(args, settings, changes, raw_model, machine)
     if args.save_checkpoint:
         common.together(lambda: is_main and common.check_writable(folder, "--checkpoint_dir"), machine)
     log = common.together(lambda: logger.Log(args, machine, log_path, record, progress), machine)
     saver = checkpoint.BackgroundSaver(args.keep_checkpoints, console.warn_of_disk)
     run = Run(args, machine, raw_model, model, optimizer, loader, val_loader, tokenizer, examples, progress, record,
               log, console, saver, folder, stop, progress.step)  # fmt: skip
-    logger.print_header(run, notes(args))
+    logger.print_header(run)
     return run
 
 
@@ -529,9 +489,7 @@ def build_model(args, machine, state):
 def parallelize(model, args, machine):
     """Compile the model and wrap it in DDP or FSDP; parameters are shared with `model`."""
     if args.fsdp:
-        import sharding  # here: a second to import, and few runs want it
-
-        return sharding.shard(model)
+        return shard(model)
     if args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu):
         model = torch.compile(model)
     if machine.world_size == 1:
@@ -540,6 +498,18 @@ def parallelize(model, args, machine):
     known = inspect.signature(DistributedDataParallel).parameters
     no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{no_sync: False})
+
+
+def shard(model):
+    """FSDP of a GPT in place: one group of parameters per block and one for the rest. Every rank calls it."""
+    from torch.distributed import device_mesh, fsdp  # here: a second to import, and few runs want it
+
+    mesh = device_mesh.init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    for block in model.transformer.h:
+        fsdp.fully_shard(block, mesh=mesh)
+    fsdp.fully_shard(model, mesh=mesh)
+    fsdp.register_fsdp_forward_method(model, "hidden_states")  # HellaSwag and sampling call it without forward()
+    return model
 
 
 def build_optimizer(model, args):
@@ -557,13 +527,10 @@ def make_loaders(args, machine, model):
     common_args = {"B": args.B, "T": args.T, "vocab_size": model.config.vocab_size, "device": machine.device}
     ranks = {"rank": machine.rank, "world_size": machine.world_size}
     loader = DataLoader(args.data_root, "train", data_seed=args.data_seed, **ranks, **common_args)
-    if args.init_from != "scratch" and not args.resume:
-        trained_with = checkpoint.tokenizer_of(args.init_from)
-        if trained_with != loader.tokenizer:
-            raise UserError(
-                f"--init_from {args.init_from} was trained on {trained_with} tokens, {args.data_root} holds "
-                f"{loader.tokenizer} tokens: make shards with fineweb.py --tokenizer {trained_with}"
-            )
+    theirs = loader.tokenizer if args.init_from == "scratch" or args.resume else checkpoint.tokenizer_of(args.init_from)
+    if theirs != loader.tokenizer:
+        have = f"{args.init_from} was trained on {theirs} tokens, {args.data_root} holds {loader.tokenizer} tokens"
+        raise UserError(f"--init_from {have}: make shards with fineweb.py --tokenizer {theirs}")
     return loader, DataLoader(args.data_root, "val", **common_args)
 
 
@@ -605,7 +572,13 @@ def run(args):
     folder = Path(args.checkpoint_dir) / stem
     with contextlib.ExitStack() as locks:
         common.together(lambda: machine.is_main and hold(args, [log_path, folder], locks), machine)
-        return train_and_close(set_up(args, machine, stem, log_path, folder, logger.Console(args, machine)))
+        run = set_up(args, machine, stem, log_path, folder, logger.Console(args, machine))
+        try:
+            return train(run)
+        finally:
+            run.saver.wait()
+            run.console.close()
+            run.log.close()
 
 
 def hold(args, paths, locks):
@@ -613,19 +586,6 @@ def hold(args, paths, locks):
     common.check_writable(args.logs_dir, "--logs_dir")
     for path in paths if args.save_checkpoint or args.resume else paths[:1]:
         locks.enter_context(common.lock(path, "wait for it, or choose another --run_id"))
-
-
-def train_and_close(run):
-    """train(), and a checkpoint first when the log or the terminal can no longer be written."""
-    try:
-        return train(run)
-    except (logger.LogFull, sample.BrokenModel) as error:
-        last_save(run)
-        raise error
-    finally:
-        run.saver.wait()
-        run.console.close()
-        run.log.close()
 
 
 def main():

