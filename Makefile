@@ -13,28 +13,11 @@ lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+# Runs the notebook and prints what its cells print.
 figures: .venv/dev
 	MPLBACKEND=Agg $(RUN) -c "import nbformat, nbclient; n = nbformat.read('plot_results.ipynb', as_version=4); \
 	nbclient.NotebookClient(n).execute(); \
 	print(*(o.text for c in n.cells for o in c.get('outputs', []) if o.get('name') == 'stdout'), sep='', end='')"
-
-bench: each sets up what it needs in .venv.
-
-PYTHON ?= python3
-RUN := .venv/bin/python
-
-demo: .venv/run
-	$(RUN) demo.py
-
-test: lint
-	$(RUN) -m pytest -n 2
-
-lint: .venv/dev
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-
-figures: .venv/dev
-	MPLBACKEND=Agg $(RUN) -c "import nbformat, nbclient; nbclient.NotebookClient(nbformat.read('plot_results.ipynb', as_version=4)).execute()"
 
 bench: .venv/run
 	for part in step scale moe tokenize loader hellaswag sample; do $(RUN) -m bench $$part || exit; done
