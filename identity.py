@@ -38,8 +38,8 @@ class Role(NamedTuple):
 Uncounted = Annotated[T, Role(counts=False, fixed=False)]
 Changeable = Annotated[T, Role(counts=True, fixed=False)]
 
-# The values of build-gpt2-moe, and the neutral value of every setting that is new here: a new setting leaves the
-# identity of older runs as it was.
+# The values of build-gpt2-moe, and neutral values of the settings that are new here. A setting that is missing counts
+# when it is not at its default: a new trick, off by default, leaves names and identities of all other runs as they are.
 PUBLISHED = {
     "block_size": None, "vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768, "bias": True, "dropout": 0.0,
     "n_exp": 8, "top_k": 2, "stride": 2, "use_noisy_top_k": False, "use_aux_loss": False, "use_router_z_loss": False,
@@ -60,10 +60,11 @@ def role(hint):
 def counted_settings(args):
     """{name: value} of the settings of train_single_gpu.Args that count; without those that a dense model ignores."""
     ignored = args.moe_fields() if args.n_exp == 1 else ()
+    counted = {name: getattr(args, name) for name, hint in hints(type(args)).items() if role(hint).counts}
     return {
-        name: getattr(args, name)
-        for name, hint in hints(type(args)).items()
-        if role(hint).counts and name not in ignored
+        name: value
+        for name, value in counted.items()
+        if name not in ignored and (name in PUBLISHED or value != getattr(type(args), name))
     }
 
 

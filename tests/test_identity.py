@@ -48,7 +48,7 @@ def start(until, **settings):
 
 
 def test_published_values_are_the_defaults_and_cover_what_counts():
-    """Whoever commits an edited default, or a new setting without a neutral value, hears of it here."""
+    """Whoever commits an edited default hears of it here."""
     counted = identity.counted_settings(trainer.Args()) | {"dtype": "bfloat16"}  # what auto is on a GPU
     assert counted == identity.PUBLISHED
     # As in the settings of build-gpt2-moe.
