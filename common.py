@@ -326,7 +326,7 @@ def atomic_write(path, mode="wb"):
 
 def check_writable(folder, flag):
     """UserError when no file can be written into `folder`, which is made."""
-    probe = Path(folder) / ("probe" + TEMP_SUFFIX)
+    probe = Path(folder) / f"probe_{os.getpid()}{TEMP_SUFFIX}"  # two runs may start at once
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(4096))

@@ -600,11 +600,18 @@ class GPT(nn.Module):
         """Training FLOPs per token, forward and backward, at sequence length T: PaLM (2204.02311) appendix B."""
         return 6 * self.num_active_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
-    def optimizer_groups(self, weight_decay):
-        """Two groups: weights of products and embeddings are decayed, biases (the experts' too) and norms are not."""
-        decayed = {n: p for n, p in self.named_parameters() if not (n.endswith("bias") or ".ln_" in n)}
-        plain = {n: p for n, p in self.named_parameters() if n not in decayed}
-        return [
-            {"params": list(decayed.values()), "weight_decay": weight_decay},
-            {"params": list(plain.values()), "weight_decay": 0.0},
+    def optimizer_groups(self, weight_decay, router_weight_decay=None, router_lr_scale=1.0):
+        """Groups of parameters: weights of products and embeddings are decayed, biases (the experts' too) and norms are
+        not; the router's weights are a group of their own where they differ in decay or rate."""
+        apart = (router_weight_decay, router_lr_scale) != (None, 1.0)
+        params = {"decayed": [], "plain": [], "router": []}
+        for name, p in self.named_parameters():
+            plain = name.endswith("bias") or ".ln_" in name
+            params["plain" if plain else "router" if apart and ".router." in name else "decayed"].append(p)
+        router_decay = weight_decay if router_weight_decay is None else router_weight_decay
+        groups = [
+            {"params": params["decayed"], "weight_decay": weight_decay, "lr_scale": 1.0},
+            {"params": params["plain"], "weight_decay": 0.0, "lr_scale": 1.0},
+            {"params": params["router"], "weight_decay": router_decay, "lr_scale": router_lr_scale},
         ]
+        return [group for group in groups if group["params"]]
