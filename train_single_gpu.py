@@ -17,7 +17,6 @@ or sampling in between draw the same numbers. On CUDA sums by atomics may differ
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import time
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import hellaswag
@@ -455,7 +453,7 @@ def set_up(args, machine, stem, log_path, folder, console):
     raw_model = common.together(lambda: build_model(args, machine, brief), machine)
     loader, val_loader = common.together(lambda: make_loaders(args, machine, raw_model), machine)
     tokenizer = get_tokenizer(loader.tokenizer)
-    model = parallelize(raw_model, args, machine)
+    model = common.parallelize(raw_model, args, machine)
     optimizer = optim.build_optimizer(raw_model, args)
     progress = Progress(**brief["progress"]) if brief else Progress()
     if brief:
@@ -479,7 +477,7 @@ def set_up(args, machine, stem, log_path, folder, console):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model, optimizer, data
+# Model and data
 
 
 def build_model(args, machine, state):
@@ -501,32 +499,6 @@ def build_model(args, machine, state):
     for name in SHAPE:  # as it is, for the record
         setattr(args, name, getattr(model.config, name))
     return model.to(machine.device)
-
-
-def parallelize(model, args, machine):
-    """Compile the model and wrap it in DDP or FSDP; parameters are shared with `model`."""
-    if args.fsdp:
-        return shard(model)
-    if args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu):
-        model = torch.compile(model)
-    if machine.world_size == 1:
-        return model
-    # Buffers are statistics and the balance bias, which every rank computes alike.
-    known = inspect.signature(DistributedDataParallel).parameters
-    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{no_sync: False})
-
-
-def shard(model):
-    """FSDP of a GPT in place: one group of parameters per block and one for the rest. Every rank calls it."""
-    from torch.distributed import device_mesh, fsdp  # here: a second to import, and few runs want it
-
-    mesh = device_mesh.init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-    for block in model.transformer.h:
-        fsdp.fully_shard(block, mesh=mesh)
-    fsdp.fully_shard(model, mesh=mesh)
-    fsdp.register_fsdp_forward_method(model, "hidden_states")  # HellaSwag and sampling call it without forward()
-    return model
 
 
 def make_loaders(args, machine, model):

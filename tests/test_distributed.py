@@ -109,12 +109,12 @@ def test_ranks_end_without_shutting_python_down(shards, tmp_path):
 
 MEMORY = """
 import sys; sys.path.insert(0, sys.argv[1])
-import torch, torch.distributed as dist, common, train_single_gpu as trainer
+import torch, torch.distributed as dist, common
 from model import GPT, GPTConfig
 dist.init_process_group("gloo")
 model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, n_exp=64, stride=1))
 total = sum(p.numel() for p in model.parameters())
-trainer.shard(model)
+common.shard(model)
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 idx = torch.arange(64).view(2, 32)
 model(idx, idx).loss.backward()
