@@ -95,9 +95,10 @@ def exit_quietly_on_interrupt(kind, error, traceback):
 
 
 sys.excepthook = exit_quietly_on_interrupt
-# Idle OpenMP threads sleep instead of spinning: beside one other busy process spinning costs a factor of 4
-# (results/bench/README.md). Read when torch loads its OpenMP.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Idle OpenMP threads spin briefly, then sleep: beside another busy process long spinning costs several times the step,
+# and no spinning a third of it on an idle machine (results/bench/LOG.md). Read when torch loads GNU's OpenMP.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 class Stop:
