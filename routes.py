@@ -36,7 +36,7 @@ import pandas as pd
 import torch
 
 import checkpoint
-import common  # before torch
+import common
 import textfiles
 from common import Range, UserError, atomic_write
 from sample import BrokenModel, attention_without_cudnn, inference_dtype
@@ -45,7 +45,7 @@ matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
 
-BATCH_TOKENS = 8192  # per forward pass, padding included
+BATCH_TOKENS = 8192  # per forward pass
 MAX_SOURCES = 50  # rows in a table
 MIN_COUNT = 5  # occurrences at an expert from which on a token can be typical of it
 TYPICAL = 10  # tokens listed per expert
@@ -154,8 +154,8 @@ def collect(model, sources, window, device):
     """Routes of all tokens of `sources` (arrays), in their order. BrokenModel if a gate is not finite."""
     parts, hooks = {layer: [] for layer, _ in model.moe_layers()}, []
     for layer, moe in model.moe_layers():
-        hook = lambda router, inputs, routing, part=parts[layer]: part.append(routing)  # noqa: E731
-        hooks.append(moe.router.register_forward_hook(hook))
+        keep = parts[layer].append
+        hooks.append(moe.router.register_forward_hook(lambda _, x, out, keep=keep: keep((out.expert_TK, out.gate_TK))))
     try:
         with common.autocast(device, inference_dtype(device)), attention_without_cudnn(device):
             for idx in itertools.chain(*(batches(ids, window) for ids in sources)):
@@ -163,8 +163,8 @@ def collect(model, sources, window, device):
     finally:
         for hook in hooks:
             hook.remove()
-    experts = {layer: torch.cat([r.expert_TK for r in part]).cpu().numpy() for layer, part in parts.items()}
-    gates = {layer: torch.cat([r.gate_TK for r in part]).float().cpu().numpy() for layer, part in parts.items()}
+    experts, gates = ({layer: torch.cat([pair[i] for pair in part]).cpu().numpy() for layer, part in parts.items()}
+                      for i in (0, 1))  # fmt: skip
     if not all(np.isfinite(gate_TK).all() for gate_TK in gates.values()):
         raise BrokenModel("the router's weights are not finite: the model has diverged, use an earlier checkpoint")
     return Routes(model.config.n_exp, experts, gates)
@@ -337,8 +337,11 @@ def make_files(tables, html):
             table = table.melt(["layer", "choice"], ["same", "chance"], "measure", "share")
         if len(table):
             png = io.BytesIO()
-            draw(table, *GRIDS[name]).savefig(png, format="png", dpi=200)
-            plt.close()
+            figure = draw(table, *GRIDS[name])
+            figure.savefig(
+                png, format="png", dpi=min(200, 30_000 / figure.get_figheight())
+            )  # limit of the format: 65,535
+            plt.close(figure)
             files[f"{name}.png"] = png.getvalue()
     return files
 
