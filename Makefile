@@ -1,4 +1,4 @@
-# make demo | test | lint | figures | bench: each sets up what it needs in .venv.
+# make demo | test | test-eval | lint | figures | bench: each sets up what it needs in .venv.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -8,6 +8,9 @@ demo: .venv/run
 
 test: lint
 	$(RUN) -m pytest -n 2
+
+test-eval: .venv/eval
+	$(RUN) -m pytest tests/test_lm_eval.py
 
 lint: .venv/dev
 	.venv/bin/ruff check .
@@ -17,24 +20,6 @@ figures: .venv/dev
 	MPLBACKEND=Agg $(RUN) -c "import nbformat, nbclient; n = nbformat.read('plot_results.ipynb', as_version=4); \
 	nbclient.NotebookClient(n).execute(); \
 	print(*(o.text for c in n.cells for o in c.get('outputs', []) if o.get('name') == 'stdout'), sep='', end='')"
-
-bench: each sets up what it needs in .venv.
-
-PYTHON ?= python3
-RUN := .venv/bin/python
-
-demo: .venv/run
-	$(RUN) demo.py
-
-test: lint
-	$(RUN) -m pytest -n 2
-
-lint: .venv/dev
-	.venv/bin/ruff check .
-	.venv/bin/ruff format --check .
-
-figures: .venv/dev
-	MPLBACKEND=Agg $(RUN) -c "import nbformat, nbclient; nbclient.NotebookClient(nbformat.read('plot_results.ipynb', as_version=4)).execute()"
 
 bench: .venv/run
 	for part in step scale moe tokenize loader hellaswag sample; do $(RUN) -m bench $$part || exit; done
@@ -48,4 +33,8 @@ bench: .venv/run
 	.venv/bin/pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test lint figures bench
+.venv/eval: .venv/dev requirements-eval.txt
+	.venv/bin/pip install --disable-pip-version-check -r requirements-eval.txt
+	touch $@
+
+.PHONY: demo test test-eval lint figures bench

@@ -297,6 +297,7 @@ def gpt2_settings(model):
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
         "vocab_size": config.vocab_size, "n_positions": config.block_size,
         "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
+        "n_inner": model.transformer.h[0].mlp.c_fc.out_features,
         "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "resid_pdrop": config.dropout,
     }  # fmt: skip
 

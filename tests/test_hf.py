@@ -42,10 +42,10 @@ def quiet(tmp_path, monkeypatch):
 
 
 def random_model(**fields):
-    """In eval mode, every weight and selection bias random and large enough that mistakes show."""
+    """In eval mode, every weight and selection bias random and so large that mistakes show and greedy text varies."""
     model, generator = GPT(GPTConfig(**SMALL | fields)), torch.Generator().manual_seed(0)
-    for p in model.parameters():
-        p.data.normal_(std=0.3, generator=generator)
+    for name, p in model.named_parameters():
+        p.data.normal_(mean=float(".ln_" in name and name.endswith("weight")), std=0.3, generator=generator)
     for _, moe in model.moe_layers():
         if model.config.use_bias_balance:
             moe.router.balance_bias.normal_(std=0.3, generator=generator)
@@ -97,6 +97,27 @@ def test_an_exported_moe_has_our_logits_in_transformers_and_here(tmp_path, field
         assert torch.equal(logits(back, idx), expected)
     with torch.no_grad():
         assert_close(load(tmp_path / "again")(idx).logits, expected)
+
+
+@dataclasses.dataclass
+class Narrow(GPTConfig):
+    """Other widths and other MoE layers than GPTConfig's."""
+
+    hidden = 24
+
+    def is_moe_layer(self, layer):
+        return self.n_exp > 1 and layer > 0
+
+
+@pytest.mark.parametrize("n_exp", [1, 4])
+def test_widths_and_moe_layers_come_from_the_model(tmp_path, n_exp):
+    model = GPT(Narrow(**SMALL | {"n_exp": n_exp, "n_shared_exp": 1}), torch.Generator().manual_seed(0))
+    checkpoint.export_hf(model, tmp_path / "out")
+    assert_close(load(tmp_path / "out")(tokens(2, 9)).logits, logits(model, tokens(2, 9)))
+    with pytest.raises(
+        UserError, match=r"n_inner is 24; this model|moe_layers is \[1, 2\], by its gpt_config \[0, 2\]"
+    ):
+        checkpoint.from_pretrained(tmp_path / "out")
 
 
 def test_the_loss_and_its_gradients_are_ours(tmp_path):
