@@ -361,7 +361,7 @@ tags: [gpt2{tag}]
 {what} {total:,} parameters without the position embeddings, {active:,} of them active per token; context of
 {block_size:,} tokens. Weights in float32.
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import {classes}
 
     model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
     {tokenizer}
@@ -394,12 +394,15 @@ def model_card(model, name, state, has_tokenizer):
             f"A GPT-2 of {config.n_layer} layers with Mixture of Experts in layers {', '.join(map(str, layers))}: "
             f"{config.top_k} of {config.n_exp} experts per token, no token dropped."
         )
-    ours = f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+    trust = ", trust_remote_code=True" if layers else ""
+    tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})'
+    if not has_tokenizer:
+        tokenizer = WITHOUT_TOKENIZER.get(state.get("tokenizer"), WITHOUT_TOKENIZER[None])
     return CARD.format(
         name=name, what=what, tag=", mixture-of-experts" if layers else "",
         total=model.num_params(), active=model.num_active_params(), block_size=config.block_size,
-        trust=", trust_remote_code=True" if layers else "",
-        tokenizer=ours if has_tokenizer else WITHOUT_TOKENIZER.get(state.get("tokenizer"), WITHOUT_TOKENIZER[None]),
+        trust=trust, tokenizer=tokenizer,
+        classes="AutoModelForCausalLM" + ", AutoTokenizer" * ("AutoTokenizer" in tokenizer),
         losses=table(("loss", "step", "value"), losses_of(state)),
         data=table(("data", ""), data_of(state)), settings=table(("setting", "value"), settings_of(config, state)),
     )  # fmt: skip

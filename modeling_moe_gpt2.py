@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 
 class MoEGPT2Config(PreTrainedConfig):
     model_type = "moe_gpt2"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  (transformers' own form)
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (transformers' own form)
     attribute_map = {  # noqa: RUF012
         "hidden_size": "n_embd", "max_position_embeddings": "n_positions",
         "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
@@ -102,15 +102,11 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD.float(), linear.weight.float())
 
-    def logits(self, x_TD):
-        clean_TE = self.product(x_TD, self.w_g)
-        if self.w_noise is None or not self.training:
-            return clean_TE
-        return clean_TE + torch.randn_like(clean_TE) * F.softplus(self.product(x_TD, self.w_noise))
-
     def forward(self, x_TD):
         """Chosen experts, best first, and their gates, (T, K) each."""
-        logits_TE, gate = self.logits(x_TD), self.config.gate
+        logits_TE, gate = self.product(x_TD, self.w_g), self.config.gate
+        if self.w_noise is not None and self.training:
+            logits_TE = logits_TE + torch.randn_like(logits_TE) * F.softplus(self.product(x_TD, self.w_noise))
         score_TE = logits_TE.sigmoid() if gate == "sigmoid" else logits_TE.softmax(dim=-1)
         ranked_TE = logits_TE if self.balance_bias is None else score_TE + self.balance_bias
         expert_TK = ranked_TE.topk(self.config.num_experts_per_tok, dim=-1).indices
@@ -187,6 +183,7 @@ class MoEGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012
     _supports_sdpa = True
+    accepts_loss_kwargs = True  # the Trainer then gives num_items_in_batch
 
     def __init__(self, config):
         super().__init__(config)
@@ -220,41 +217,37 @@ class MoEGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self, input_ids=None, past_key_values=None, attention_mask=None, position_ids=None, inputs_embeds=None,
-        labels=None, use_cache=None, output_hidden_states=None, logits_to_keep=0, **kwargs,
+        labels=None, use_cache=None, output_hidden_states=None, logits_to_keep=0, num_items_in_batch=None, cache=None,
     ):  # fmt: skip
         """As transformers' GPT2LMHeadModel: labels (B, S) are shifted here and -100 is ignored; without position_ids
-        the positions are 0, 1, ... after those in the cache, whatever the attention_mask (generate() gives both)."""
-        if kwargs.pop("output_attentions", None):
-            raise ValueError("output_attentions is not available: the attention here returns no weights")
+        the positions are 0, 1, ... after those in the cache, whatever the attention_mask (generate() gives both).
+
+        `cache` is the name of past_key_values from transformers 5.24 on. Unknown arguments are errors: ignored, a
+        renamed one would change the text that is generated.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = 0 if cache is None else cache.get_seq_length()
             if seen + x.shape[1] > self.config.n_positions:
                 raise ValueError(f"{seen + x.shape[1]} tokens are more than the {self.config.n_positions} positions")
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
-        mask = create_causal_mask(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask,
-            past_key_values=past_key_values, position_ids=position_ids,
-        )  # fmt: skip
+        mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         x = self.transformer["drop"](x + self.transformer["wpe"](position_ids))
         states = [x]
         for block in self.transformer["h"]:
-            x = block(x, mask, past_key_values)
+            x = block(x, mask, cache)
             states.append(x)
         states[-1] = x = self.transformer["ln_f"](x)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(states) if output_hidden_states else None,
-        )  # fmt: skip
+            loss = self.loss_function(logits, labels, self.config.vocab_size, num_items_in_batch)
+        all_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return CausalLMOutputWithPast(loss, logits, cache if use_cache else None, tuple(states) if all_states else None)
