@@ -16,6 +16,7 @@ lint: .venv/dev
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
+# Runs the notebook and prints what its cells print.
 figures: .venv/dev
 	MPLBACKEND=Agg $(RUN) -c "import nbformat, nbclient; n = nbformat.read('plot_results.ipynb', as_version=4); \
 	nbclient.NotebookClient(n).execute(); \
@@ -24,13 +25,18 @@ figures: .venv/dev
 bench: .venv/run
 	for part in step scale moe tokenize loader hellaswag sample; do $(RUN) -m bench $$part || exit; done
 
+# A .venv of Python 3.11 or newer is kept, whoever made it (uv leaves out pip, hence ensurepip); any other is made anew.
+NEW_ENOUGH := -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null
 .venv/run: requirements.txt
-	test -x $(RUN) || $(PYTHON) -m venv .venv
-	.venv/bin/pip install --disable-pip-version-check -r requirements.txt
+	@$(RUN) $(NEW_ENOUGH) || $(PYTHON) $(NEW_ENOUGH) || \
+		{ echo "error: $(PYTHON) is not Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	$(RUN) $(NEW_ENOUGH) || $(PYTHON) -m venv --clear .venv
+	$(RUN) -m pip --version || $(RUN) -m ensurepip
+	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
 	touch $@
 
 .venv/dev: .venv/run requirements-dev.txt
-	.venv/bin/pip install --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
 .venv/eval: .venv/dev requirements-eval.txt

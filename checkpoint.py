@@ -445,7 +445,7 @@ def main():
     args = common.parse(Args)
     model, state = load_model(args.checkpoint)
     export_hf(model, args.export_hf, state)
-    kind = "MoE, load with trust_remote_code=True" if model.moe_layers() else "GPT-2 layout"
+    kind = "load with trust_remote_code=True" if hf.has_own_class(model) else "GPT-2 layout"
     print(f"{args.export_hf}: {kind}, {model.num_params():,} parameters, step {state.get('step')}")
 
 

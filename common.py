@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -191,13 +192,17 @@ def find_bad_setting(settings):
     for name, hint in hints(type(settings)).items():
         value = getattr(settings, name)
         if value is None:
+            if type(None) not in parts(hint):
+                return name, "has no value"
             continue
-        choices = literal_choices(hint)
-        if choices and value not in choices:
-            return name, f"must be one of {', '.join(choices)}, not {value!r}"
         kinds = {kind for kind in (int, float, bool, str) if kind in parts(hint)}
+        choices = literal_choices(hint)
+        if value in choices:
+            continue
+        if choices and not kinds:
+            return name, f"must be one of {', '.join(choices)}, not {value!r}"
         if kinds and type(value) not in kinds | ({int} if float in kinds else set()):
-            return name, f"must be {' or '.join(sorted(kind.__name__ for kind in kinds))}, not {value!r}"
+            return name, f"must be {' or '.join([*sorted(kind.__name__ for kind in kinds), *choices])}, not {value!r}"
         for limits in metadata(hint, Range):
             if not limits.holds(value):
                 return name, f"must be {limits}, not {value}"
@@ -238,6 +243,9 @@ NANOGPT_FLAGS = {"learning_rate": "max_lr", "batch_size": "B", "max_iters": "max
                  "lr_decay_iters": "max_steps", "block_size": "T"}  # fmt: skip
 
 
+OLD_WORDS = {"global": "global is called step now, and counts over the micro-batches of the step too"}
+
+
 def parse_error(box, argv):
     """One line out of tyro's error box: the text between its frame and its first rule (tyro is pinned for this)."""
     lines = [line.strip(" │") for line in box.splitlines()]
@@ -251,7 +259,8 @@ def parse_error(box, argv):
             message += f" - did you mean {f'--{ours}' if ours else nearest}?"
         elif any(word.lower().split("=")[-1] in ("true", "false") for word in argv):
             message += " - switches are --flag and --no_flag, without a value"
-    return f"{message} (see {os.path.basename(sys.argv[0])} --help)"
+    message += next((f" - {hint}" for word, hint in OLD_WORDS.items() if f"'{word}'" in message), "")
+    return f"{message} (see {os.path.basename(sys.argv[0]).replace('__main__.py', 'python -m bench')} --help)"
 
 
 def help_text(args_class):
@@ -318,7 +327,7 @@ def atomic_write(path, mode="wb"):
 
 def check_writable(folder, flag):
     """UserError when no file can be written into `folder`, which is made."""
-    probe = Path(folder) / ("probe" + TEMP_SUFFIX)
+    probe = Path(folder) / f"probe_{os.getpid()}{TEMP_SUFFIX}"  # two runs may start at once
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(4096))
@@ -434,6 +443,38 @@ def set_up_machine(device, dtype, fsdp=False, timeout_s=600):
     elif not bf16:  # under bf16 the only float32 products left are those of --router_use_full_prec: no TF32 for them
         torch.set_float32_matmul_precision("high")
     return Machine(device, torch.bfloat16 if bf16 else torch.float32, rank, world_size, fsdp)
+
+
+def parallelize(model, args, machine):
+    """Compile the model and wrap it in DDP or FSDP; parameters are shared with `model`."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    if args.fsdp:
+        return shard(model)
+    if args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu):
+        if machine.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+            raise UserError("--compile_on_cpu needs a C++ compiler: install g++, or leave it out")
+        model = torch.compile(model)
+    if machine.world_size == 1:
+        return model
+    # Buffers are statistics and the balance bias, which every rank computes alike.
+    known = inspect.signature(DistributedDataParallel).parameters
+    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{no_sync: False})
+
+
+def shard(model):
+    """FSDP of a GPT in place: one group of parameters per block and one for the rest. Every rank calls it."""
+    import torch.distributed as dist
+    from torch.distributed import device_mesh, fsdp
+
+    mesh = device_mesh.init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    for block in model.transformer.h:
+        fsdp.fully_shard(block, mesh=mesh)
+    fsdp.fully_shard(model, mesh=mesh)
+    fsdp.register_fsdp_forward_method(model, "hidden_states")  # HellaSwag and sampling call it without forward()
+    return model
 
 
 @contextlib.contextmanager

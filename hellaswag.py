@@ -26,7 +26,6 @@ import http.client
 import itertools
 import json
 import math
-import sys
 import tempfile
 import time
 import urllib.request
@@ -380,20 +379,10 @@ def check_memory(model, examples, args, device):
     require_memory(10 * model.config.n_embd * inference_dtype(device).itemsize, tokens, device, "--batch_tokens")
 
 
-def plus_minus():
-    """±, or +/- if stdout cannot encode it."""
-    try:
-        "±".encode(sys.stdout.encoding)
-    except UnicodeEncodeError:
-        return "+/-"
-    return "±"
-
-
 def report(result):
     """Print both accuracies with their standard errors."""
-    sign = plus_minus()
-    print(f"acc       {result.acc:.4f} {sign} {standard_error(result.acc, result.n):.4f}  (by total loss)")
-    print(f"acc_norm  {result.acc_norm:.4f} {sign} {result.stderr:.4f}  (by mean loss over the ending's tokens)")
+    print(f"acc       {result.acc:.4f} +/- {standard_error(result.acc, result.n):.4f}  (by total loss)")
+    print(f"acc_norm  {result.acc_norm:.4f} +/- {result.stderr:.4f}  (by mean loss over the ending's tokens)")
     notes = f"{result.cropped} cropped to the block size, {result.ties} with a tie"
     print(f"examples  {result.n} in {result.seconds:.1f} s; {notes}")
 

@@ -3,7 +3,8 @@
     export_hf(model, folder, state)                  # state: the checkpoint, for the tokenizer and the card
     fields, weights, tokenizer = read_folder(folder) # GPTConfig fields, state dict of GPT, name of the tokenizer
 
-A dense model is written in GPT-2's own layout, for transformers' GPT2LMHeadModel. A MoE model brings its class along:
+A dense model is written in GPT-2's own layout, for transformers' GPT2LMHeadModel. A model that is no GPT-2 (with MoE
+layers or qk_norm) brings its class along:
 modeling_moe_gpt2.py is copied into the folder, config.json names it (`auto_map`), and
 AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) gives the logits of our dropless model. Its
 config.json holds the GPTConfig too (`gpt_config`), from which the folder is read back. No code of a folder is run here.
@@ -119,10 +120,6 @@ def read_settings(folder):
 def config_of(fields, source):
     """GPTConfig of the dict `fields`; UserError, naming `source`, for values that no model can have."""
     try:
-        if none := [
-            name for name, value in fields.items() if value is None and getattr(GPTConfig, name, 0) is not None
-        ]:
-            raise ValueError(f"{none[0]} has no value")
         return GPTConfig(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{source}: no such model: {error}") from None
@@ -185,14 +182,14 @@ def read_weights(folder, transposed):
 
 # Every setting of GPTConfig is in one of these two lists, or is refused unless it has its default.
 EXPORTED = (
-    "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "n_exp", "top_k", "stride", "gate",
-    "gate_scale", "first_dense", "expert_hidden", "shared_expert_hidden", "n_shared_exp", "use_noisy_top_k",
-    "router_use_full_prec", "use_bias_balance", "use_quantile_balance",
+    "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "bias", "dropout", "qk_norm", "n_exp", "top_k", "stride",
+    "first_dense", "expert_hidden", "n_shared_exp", "shared_expert_hidden", "gate", "gate_scale", "use_noisy_top_k",
+    "noise_scale", "router_use_full_prec", "use_bias_balance", "use_quantile_balance",
 )  # fmt: skip
 TRAINING_ONLY = (
-    "use_aux_loss", "use_router_z_loss", "aux_loss_weight", "router_z_loss_weight", "balance_scope", "mlp_init",
-    "bias_balance_rate", "use_switch_tfm_init", "switch_tfm_init_scale", "freeze_router", "train_capacity",
-    "eval_capacity", "min_capacity",
+    "mlp_init", "use_switch_tfm_init", "switch_tfm_init_scale", "freeze_router", "output_z_loss_weight",
+    "use_aux_loss", "use_router_z_loss", "z_loss_on", "aux_loss_weight", "router_z_loss_weight", "balance_scope",
+    "bias_balance_rate", "train_capacity", "eval_capacity", "min_capacity",
 )  # fmt: skip
 TOKENIZERS = {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}
 TOKENIZER_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}  # as transformers names them, as here
@@ -200,7 +197,7 @@ FILES = (*HUB_FILES, *TOKENIZER_FILES, "tokenizer_config.json", "generation_conf
 
 
 def export_hf(model, folder, state=None):
-    """Write `model` as a folder that transformers' AutoModelForCausalLM loads; dense ones need no trust_remote_code.
+    """Write `model` as a folder that transformers' AutoModelForCausalLM loads; a GPT-2 needs no trust_remote_code.
 
     state: the checkpoint (a dict), for the tokenizer and the model card. A dense model without biases gets zeros for
     them. The folder must be new, empty or an earlier export; it holds all files or is not changed.
@@ -208,21 +205,26 @@ def export_hf(model, folder, state=None):
     folder, state = Path(folder), state or {}
     check_exportable(model.config)
     check_target(folder)
-    is_moe, tokenizer = bool(model.moe_layers()), state.get("tokenizer")
+    own, tokenizer = has_own_class(model), state.get("tokenizer")
     files = tokenizer_files(model.config.block_size) if tokenizer == "gpt2" else {}
-    if is_moe:
+    if own:
         files[MOE_CODE.name] = MOE_CODE.read_bytes()
     files["README.md"] = model_card(model, folder.name, state, "vocab.json" in files).encode()
-    weights = model_weights(model) if is_moe else gpt2_layout(model)
+    weights = model_weights(model) if own else gpt2_layout(model)
     files["model.safetensors"] = safetensors.torch.save(weights, metadata={"format": "pt"})
     ends, generation = special_tokens(tokenizer, model.config.vocab_size)
-    settings = moe_settings(model) | moe_extras(model) if is_moe else gpt2_settings(model)
+    settings = moe_settings(model) | moe_extras(model) if own else gpt2_settings(model)
     files["config.json"] = to_json({**settings, **ends, "dtype": "float32", "tokenizer": tokenizer})
     files["generation_config.json"] = to_json(generation)
     try:
         write_folder(folder, files)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
+
+
+def has_own_class(model):
+    """Whether `model` is exported with modeling_moe_gpt2.py: GPT-2's class does not compute it."""
+    return bool(model.moe_layers()) or model.config.qk_norm
 
 
 def check_exportable(config):
@@ -322,24 +324,28 @@ def model_weights(model):
 def moe_settings(model):
     """Settings of modeling_moe_gpt2.py in config.json: all that decides the function, widths from the tensors."""
     config, layers = model.config, model.moe_layers()
-    moe = layers[0][1]
     dense = [block.mlp.c_fc.out_features for block in model.transformer.h if not block.is_moe]
-    return {
+    settings = {
         "vocab_size": config.vocab_size, "n_positions": config.block_size,
         "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd, "bias": config.bias,
-        "n_inner": dense[0] if dense else None, "dropout": config.dropout,
+        "n_inner": dense[0] if dense else None, "dropout": config.dropout, "qk_norm": config.qk_norm,
         "moe_layers": [layer for layer, _ in layers],
-        "num_experts": config.n_exp, "num_experts_per_tok": config.top_k,
-        "expert_hidden": moe.experts.c_fc.shape[-1],
-        "shared_hidden": moe.shared.c_fc.out_features if moe.shared is not None else 0,
-        "gate": config.gate, "gate_scale": getattr(config, "gate_scale", 1.0),
-        "balance_bias": getattr(moe.router, "balance_bias", None) is not None,
-        "router_noise": config.use_noisy_top_k, "router_float32": config.router_use_full_prec,
     }  # fmt: skip
+    for _, moe in layers[:1]:
+        settings |= {
+            "num_experts": config.n_exp, "num_experts_per_tok": config.top_k,
+            "expert_hidden": moe.experts.c_fc.shape[-1],
+            "shared_hidden": moe.shared.c_fc.out_features if moe.shared is not None else 0,
+            "gate": config.gate, "gate_scale": config.gate_scale,
+            "balance_bias": "balance_bias" in moe.router.state_dict(),
+            "router_noise": config.use_noisy_top_k, "noise_scale": config.noise_scale,
+            "router_float32": config.router_use_full_prec,
+        }  # fmt: skip
+    return settings
 
 
 def moe_extras(model):
-    """The rest of a MoE model's config.json: its class, and all settings of GPTConfig to read it back."""
+    """The rest of that config.json: the class, and all settings of GPTConfig to read it back."""
     fields = {k: "inf" if v == math.inf else v for k, v in dataclasses.asdict(model.config).items()}  # JSON has no inf
     return {
         "architectures": [AUTO_MAP["AutoModelForCausalLM"].split(".")[1]], "model_type": MOE_TYPE,
@@ -394,7 +400,7 @@ def model_card(model, name, state, has_tokenizer):
             f"A GPT-2 of {config.n_layer} layers with Mixture of Experts in layers {', '.join(map(str, layers))}: "
             f"{config.top_k} of {config.n_exp} experts per token, no token dropped."
         )
-    trust = ", trust_remote_code=True" if layers else ""
+    trust = ", trust_remote_code=True" if has_own_class(model) else ""
     tokenizer = f'tokenizer = AutoTokenizer.from_pretrained("{name}"{trust})'
     if not has_tokenizer:
         tokenizer = WITHOUT_TOKENIZER.get(state.get("tokenizer"), WITHOUT_TOKENIZER[None])

@@ -38,7 +38,8 @@ LOGITS_PER_CHUNK = {"cpu": 2**23 - 2**10, "cuda": 2**27}
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits `h @ weight.T`, and its gradients, a chunk of rows at a time.
+    """Mean cross-entropy of the logits `h @ weight.T`, and its gradients, a chunk of rows at a time; with z_weight also
+    the mean squared logsumexp, so weighted. Returns (their sum, cross-entropy, mean squared logsumexp).
 
     The forward pass computes the gradients too: a chunk's softmax gives the gradient of its logits, both products of
     the backward pass follow, and the chunk is freed. The full logits (N, V) never exist, and nothing is computed twice.
@@ -47,17 +48,24 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, n_chunks):
+    def forward(ctx, h, weight, targets, n_chunks, z_weight):
         w = weight.to(h.dtype)
         count = (targets >= 0).sum()
-        total = at_least_float32(h.new_zeros(()))
+        total = z_total = at_least_float32(h.new_zeros(()))
         grad_h, grad_w = [], torch.zeros_like(weight)
         for h_c, targets_c in zip(h.tensor_split(n_chunks), targets.tensor_split(n_chunks), strict=True):
-            logp = torch.log_softmax(at_least_float32(h_c @ w.t()), dim=-1)
+            logits = at_least_float32(h_c @ w.t())
+            first = logits[:, :1].clone() if z_weight else None
+            logp = torch.log_softmax(logits, dim=-1)
+            del logits
             index, valid = targets_c.clamp(min=0)[:, None], (targets_c >= 0).to(logp.dtype)[:, None]
             total = total - (logp.gather(1, index) * valid).sum()
-            valid = valid / count
-            grad = logp.exp_().mul_(valid).scatter_add_(1, index, -valid).to(h.dtype)
+            scale = valid = valid / count
+            if z_weight:
+                logsumexp = first - logp[:, :1]
+                z_total = z_total + (logsumexp.square() * valid).sum()
+                scale = valid * (1 + 2 * z_weight * logsumexp)
+            grad = logp.exp_().mul_(scale).scatter_add_(1, index, -valid).to(h.dtype)
             grad_h.append(grad @ w)
             if grad.dtype == grad_w.dtype:
                 grad_w.addmm_(grad.t(), h_c)
@@ -65,13 +73,16 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_w += grad.t() @ h_c
             del logp, grad  # otherwise this chunk is held while the next one is computed
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
-        return total / count
+        ce = total / count
+        loss = ce + z_weight * z_total if z_weight else ce.clone()
+        ctx.mark_non_differentiable(ce, z_total)
+        return loss, ce, z_total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss):
+    def backward(ctx, grad_loss, *_):
         grad_h, grad_w = ctx.saved_tensors
-        return (grad_h * grad_loss).to(grad_h.dtype), grad_w * grad_loss, None, None
+        return (grad_h * grad_loss).to(grad_h.dtype), grad_w * grad_loss, None, None, None
 
 
 def linear_cross_entropy(h, weight, targets, reduction="mean"):
@@ -80,10 +91,9 @@ def linear_cross_entropy(h, weight, targets, reduction="mean"):
     h (N, D) in the compute type, weight (V, D), targets (N,) int64. Returns nats in float32: the mean over targets, a
     scalar, or with reduction="none" (N,), 0 where ignored. Reference: `full_cross_entropy`.
     """
-    rows = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])  # most rows per chunk
-    n_chunks = max(1, math.ceil(h.shape[0] / rows))
+    n_chunks = count_chunks(h, weight)
     if reduction == "mean" and torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(h, weight, targets, n_chunks)
+        return LinearCrossEntropy.apply(h, weight, targets, n_chunks, 0.0)[0]
     w = weight.to(h.dtype)
     pairs = zip(h.tensor_split(n_chunks), targets.tensor_split(n_chunks), strict=True)
     losses = torch.cat([
@@ -91,6 +101,19 @@ def linear_cross_entropy(h, weight, targets, reduction="mean"):
         for h_c, targets_c in pairs
     ])  # fmt: skip
     return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
+
+
+def linear_cross_entropy_with_z_loss(h, weight, targets, z_weight):
+    """(cross-entropy + z_weight * z-loss, cross-entropy, z-loss), scalars; the gradient goes through the first alone.
+
+    The z-loss is the mean squared logsumexp of the logits. Reference: `full_z_loss`.
+    """
+    return LinearCrossEntropy.apply(h, weight, targets, count_chunks(h, weight), z_weight)
+
+
+def count_chunks(h, weight):
+    rows = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])  # most rows per chunk
+    return max(1, math.ceil(h.shape[0] / rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -130,16 +130,22 @@ def describe_run(args, settings, model, machine):
 
 def count_params(config):
     """Parameters of a GPT of this config, without building it."""
-    D, H, L, E = config.n_embd, config.hidden, config.n_layer, config.n_exp
-    bias = int(config.bias)
-    mlp = 2 * D * H + bias * (H + D)
-    moe = E * mlp + D * E * (1 + config.use_noisy_top_k)
+    D, L, E, bias = config.n_embd, config.n_layer, config.n_exp, int(config.bias)
+
+    def mlp(hidden):
+        return 2 * D * hidden + bias * (hidden + D)
+
+    moe = E * mlp(config.hidden_of_expert) + D * E * (1 + config.use_noisy_top_k)
     if config.n_shared_exp:
-        moe += config.n_shared_exp * (2 * D * H + bias * H) + bias * D
-    n_moe = math.ceil(L / config.stride) if E > 1 else 0
+        moe += mlp(config.hidden_of_shared)
+    n_moe = count_moe_layers(config)
     attention_and_norms = 4 * D * D + bias * 4 * D + 2 * D * (1 + bias)
     embeddings = (config.vocab_size + config.block_size) * D
-    return embeddings + L * attention_and_norms + n_moe * moe + (L - n_moe) * mlp + D * (1 + bias)
+    return embeddings + L * attention_and_norms + n_moe * moe + (L - n_moe) * mlp(config.hidden) + D * (1 + bias)
+
+
+def count_moe_layers(config):
+    return math.ceil(max(0, config.n_layer - config.first_dense) / config.stride) if config.n_exp > 1 else 0
 
 
 def needed_bytes(args, config, machine):
@@ -147,9 +153,10 @@ def needed_bytes(args, config, machine):
     width = 2 if machine.dtype == torch.bfloat16 else 4
     share = machine.world_size if args.fsdp else 1
     params = 4 * count_params(config) // share
-    active = config.top_k + config.n_shared_exp if config.n_exp > 1 else 1
-    n_moe = math.ceil(config.n_layer / config.stride) if config.n_exp > 1 else 0
-    per_token = config.n_layer * 8 * config.n_embd + 2 * config.hidden * (config.n_layer - n_moe + n_moe * active)
+    n_moe = count_moe_layers(config)
+    hidden = (config.n_layer - n_moe) * config.hidden
+    hidden += n_moe * (config.top_k * config.hidden_of_expert + config.hidden_of_shared)
+    per_token = config.n_layer * 8 * config.n_embd + 2 * hidden
     return {
         "parameters": params,
         "gradients": params,
@@ -248,10 +255,9 @@ def notes(args):
     """Settings that are allowed and surely not meant."""
     if args.warmup_steps >= args.max_steps:
         yield f"--warmup_steps {args.warmup_steps} is not below --max_steps {args.max_steps}: --max_lr is never reached"
-    if args.n_exp == 1:
-        given = [f"--{name}" for name in args.moe_fields() if getattr(args, name) != identity.PUBLISHED[name]]
-        if given:
-            yield f"{', '.join(given)}: no effect on a dense model (--n_exp 1)"
+    ignored = identity.ignored_settings(args)
+    if ignored:
+        yield f"{', '.join(f'--{name}' for name in ignored)}: no effect on a dense model (--n_exp 1)"
 
 
 def print_header(run):

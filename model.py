@@ -29,10 +29,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
+import balance
 from common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, find_bad_setting
 from kernels import (
     Combine,
@@ -42,67 +42,56 @@ from kernels import (
     compute_dtype,
     grouped_linear,
     linear_cross_entropy,
+    linear_cross_entropy_with_z_loss,
     sort_by_expert,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Gates: how the chosen experts are weighted. choose(ranked) returns the indices (T, K) of the largest entries, best
-# first; a gate ranks by its own score, and returns those indices and their weights (T, K).
+# Gates: by which score experts are ranked, and how the chosen ones are weighted
 
 
-def topk_softmax(logits_TE, probs_TE, choose):
-    """Softmax over the selected logits (Shazeer eq. 3, Mixtral); the constant 1, without gradient, at K = 1."""
-    expert_TK = choose(logits_TE, probs_TE)
-    return expert_TK, torch.softmax(logits_TE.gather(1, expert_TK), dim=-1)
+class Gate(NamedTuple):
+    score: Callable  # (logits_TE, probs_TE) -> (T, E)
+    weigh: Callable  # (logits_TK, scores_TK), those of the chosen experts -> (T, K)
 
 
-def softmax(logits_TE, probs_TE, choose):
-    """The selected entries of the softmax over all experts, as they are (Switch, ST-MoE)."""
-    expert_TK = choose(logits_TE, probs_TE)
-    return expert_TK, probs_TE.gather(1, expert_TK)
-
-
-def sigmoid(logits_TE, probs_TE, choose):
-    """The selected sigmoids, normalised over the selection for K > 1 (DeepSeek-V3, 2412.19437, eq. 13)."""
-    scores_TE = torch.sigmoid(logits_TE)
-    expert_TK = choose(logits_TE, scores_TE)
-    gate_TK = scores_TE.gather(1, expert_TK)
-    return expert_TK, gate_TK / gate_TK.sum(dim=-1, keepdim=True) if expert_TK.shape[1] > 1 else gate_TK
-
-
-GATES = {"topk_softmax": topk_softmax, "softmax": softmax, "sigmoid": sigmoid}
+GATES = {
+    # Shazeer eq. 3, Mixtral: softmax over the selected; the constant 1, without gradient, at K = 1
+    "topk_softmax": Gate(
+        lambda logits_TE, probs_TE: probs_TE, lambda logits_TK, scores_TK: torch.softmax(logits_TK, -1)
+    ),
+    # Switch, ST-MoE: the entries of the softmax over all experts, as they are
+    "softmax": Gate(lambda logits_TE, probs_TE: probs_TE, lambda logits_TK, scores_TK: scores_TK),
+    # DeepSeek-V3 (2412.19437) eq. 13: normalised over the selection for K > 1
+    "sigmoid": Gate(
+        lambda logits_TE, probs_TE: torch.sigmoid(logits_TE),
+        lambda logits_TK, scores_TK: (
+            scores_TK / scores_TK.sum(-1, keepdim=True) if scores_TK.shape[1] > 1 else scores_TK
+        ),
+    ),
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Router losses: functions of what the router decided and of the sorted pairs, per MoE layer
 
 
-def mean_over_ranks(f_E):
-    if dist.is_initialized():
-        dist.all_reduce(f_E)
-        f_E = f_E / dist.get_world_size()
-    return f_E
+def load_balance_loss(moe, routing, plan, n_sequences):
+    """Switch eq. 4 with k choices: E * sum_e f_e P_e, gradient through P alone; k when balanced (balance.py)."""
+    return balance.SCOPES[moe.config.balance_scope](moe, routing, plan, n_sequences)
 
 
-BALANCE_SCOPES = {"micro_batch": lambda f_E: f_E, "global": mean_over_ranks}  # the load in the load-balance loss
-
-
-def load_balance_loss(moe, routing, plan):
-    """Switch eq. 4 with k choices: E * sum_e f_e P_e, gradient through P alone; k when balanced."""
-    f_E = plan.count_E / routing.logits_TE.shape[0]  # choices per token on expert e, sums to K
-    if moe.training:  # only then do all ranks run the same number of forwards
-        f_E = BALANCE_SCOPES[moe.config.balance_scope](f_E)
-    return moe.config.n_exp * (f_E * routing.probs_TE.mean(dim=0)).sum()
-
-
-def router_z_loss(moe, routing, plan):
-    """ST-MoE eq. 5: mean over tokens of logsumexp(logits)^2."""
-    return torch.logsumexp(routing.logits_TE, dim=-1).square().mean()
+def router_z_loss(moe, routing, plan, n_sequences):
+    """ST-MoE eq. 5: mean over tokens of logsumexp(logits)^2, over all logits or over the selected ones."""
+    logits = routing.logits_TE
+    if moe.config.z_loss_on == "selected":
+        logits = logits.gather(1, routing.expert_TK)
+    return torch.logsumexp(logits, dim=-1).square().mean()
 
 
 class RouterLoss(NamedTuple):
     switch: str  # the setting that turns it on
     weight: str  # the setting of its weight in the loss
-    formula: Callable  # (MoE, Routing, Plan) -> scalar
+    formula: Callable  # (MoE, Routing, Plan, number of sequences) -> scalar
 
 
 ROUTER_LOSSES = {
@@ -112,6 +101,10 @@ ROUTER_LOSSES = {
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings and output
+
+
+ExpertWidth = Positive | Literal["iso"] | None
+MLP_INITS = ("gpt2", "switch", "switch_fc")
 
 
 @dataclass
@@ -126,11 +119,17 @@ class GPTConfig:
     n_embd: Positive = 768  # Width
     bias: bool = True  # Biases in Linears, LayerNorms and experts, as in GPT-2
     dropout: Fraction = 0.0  # Dropout rate: 0 for pretraining, 0.1 and more for finetuning
+    mlp_init: Literal[MLP_INITS] = "gpt2"  # All MLPs, dense and experts; switch_fc: their first product alone
+    qk_norm: bool = False  # RMS norm of queries and keys per head
+    output_z_loss_weight: Rate = 0.0  # Weight of the mean squared logsumexp of the output logits
 
     # mixture of experts (no effect with --n_exp 1)
     n_exp: Positive = 1  # Experts per MoE layer; 1 is the dense model
     top_k: Positive = 2  # Experts per token
-    stride: Positive = 2  # Every stride-th block is a MoE layer, from block 0
+    stride: Positive = 2  # Every stride-th block is a MoE layer, from block 0, or first_dense
+    first_dense: NotNegative = 0  # Leading blocks that stay dense
+    expert_hidden: ExpertWidth = None  # Hidden width of an expert (default: 4 x n_embd; iso: the FLOPs of a dense MLP)
+    shared_expert_hidden: Positive | None = None  # Hidden width of a shared expert (default: that of the others)
     use_noisy_top_k: bool = False  # Learned noise on the router logits, in training
     use_aux_loss: bool = False  # Load-balance loss
     use_router_z_loss: bool = False  # Penalty on large router logits
@@ -138,17 +137,24 @@ class GPTConfig:
     router_use_full_prec: bool = False  # Router in float32 under autocast
     switch_tfm_init_scale: FiniteAboveZero = 1.0  # Scale of that initialisation; the paper recommends 0.1
     gate: Literal[tuple(GATES)] = "topk_softmax"  # Weights of the chosen experts
-    use_bias_balance: bool = False  # Balance by a bias on the selection, without a loss
+    gate_scale: FiniteAboveZero = 1.0  # Factor on those weights
+    noise_scale: Rate = 1.0  # Factor on the router noise
+    freeze_router: bool = False  # Router stays as drawn: the control that any trick must beat
+    z_loss_on: Literal["all", "selected"] = "all"  # Logits in the router z-loss
+    use_bias_balance: bool = False  # Balance by a bias on the selection that moves by a fixed rate, without a loss
+    use_quantile_balance: bool = False  # Balance by a bias from the quantiles of the step's scores, without a loss
     bias_balance_rate: Rate = 0.001  # Change of the selection bias per step
     n_shared_exp: NotNegative = 0  # Experts that every token passes, beside the routed ones
     aux_loss_weight: Rate = 0.01  # Weight of the load-balance loss
     router_z_loss_weight: Rate = 0.001  # Weight of the router z-loss
-    balance_scope: Literal[tuple(BALANCE_SCOPES)] = "micro_batch"  # Load in the load-balance loss; global: all ranks'
+    balance_scope: Literal[tuple(balance.SCOPES)] = "micro_batch"  # Tokens over which the load-balance loss counts
     train_capacity: AboveZero = 1.25  # Capacity factor of an expert in training; inf drops nothing
     eval_capacity: AboveZero = 2.0  # Capacity factor in validation
     min_capacity: Positive = 4  # Smallest capacity of an expert, tokens
 
     def __post_init__(self):
+        if self.balance_scope == "global":
+            raise ValueError("balance_scope global is called step now, and counts over the micro-batches of a step too")
         if bad := find_bad_setting(self):
             raise ValueError(f"{bad[0]} {bad[1]}")
         if self.n_embd % self.n_head:
@@ -156,13 +162,32 @@ class GPTConfig:
         if self.n_exp > 1 and self.top_k > self.n_exp:
             raise ValueError(f"top_k {self.top_k} is more than n_exp {self.n_exp}: a token cannot pick an expert twice")
 
+        if self.use_bias_balance and self.use_quantile_balance:
+            raise ValueError("use_bias_balance and use_quantile_balance move the same bias: choose one")
+        if self.expert_hidden == "iso" and self.hidden % (self.top_k + self.n_shared_exp):
+            raise ValueError(
+                f"expert_hidden iso is 4 n_embd / (top_k + n_shared_exp), and {self.hidden} is not divisible"
+            )
+
     @property
     def hidden(self):
-        """Hidden width of the dense MLP and of each expert."""
+        """Hidden width of the dense MLP."""
         return 4 * self.n_embd
 
+    @property
+    def hidden_of_expert(self):
+        """Hidden width of an expert; "iso" gives a MoE layer the FLOPs of the dense one."""
+        if self.expert_hidden == "iso":
+            return self.hidden // (self.top_k + self.n_shared_exp)
+        return self.expert_hidden or self.hidden
+
+    @property
+    def hidden_of_shared(self):
+        """Hidden width of all shared experts together."""
+        return self.n_shared_exp * (self.shared_expert_hidden or self.hidden_of_expert)
+
     def is_moe_layer(self, layer: int) -> bool:
-        return self.n_exp > 1 and layer % self.stride == 0
+        return self.n_exp > 1 and layer >= self.first_dense and (layer - self.first_dense) % self.stride == 0
 
     @staticmethod
     def moe_fields():
@@ -198,7 +223,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.n_head, self.dropout, self.qk_norm, self.layer = config.n_head, config.dropout, config.qk_norm, layer
 
     def forward(self, x, attn_mask=None, cache=None):
         B, S, D = x.shape
@@ -206,6 +231,8 @@ class CausalSelfAttention(nn.Module):
             part.view(B, S, self.n_head, D // self.n_head).transpose(1, 2)  # (B, n_head, S, head width)
             for part in self.c_attn(x).split(D, dim=2)
         )
+        if self.qk_norm:  # without weights (2302.05442 has them)
+            q, k = (F.rms_norm(part, part.shape[-1:]) for part in (q, k))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dtype = q.dtype
@@ -240,6 +267,7 @@ class Routing(NamedTuple):
     gate_TK: torch.Tensor  # float32, their weights
     logits_TE: torch.Tensor  # float32, with the noise that was added
     probs_TE: torch.Tensor  # float32, softmax over all experts
+    scores_TE: torch.Tensor  # float32, those that the gate ranks by
 
 
 class Router(nn.Module):
@@ -250,8 +278,10 @@ class Router(nn.Module):
         self.w_g = nn.Linear(config.n_embd, config.n_exp, bias=False)
         if config.use_noisy_top_k:
             self.w_noise = nn.Linear(config.n_embd, config.n_exp, bias=False)
-        if config.use_bias_balance:
+        self.biased = config.use_bias_balance or config.use_quantile_balance
+        if self.biased:
             self.register_buffer("balance_bias", torch.zeros(config.n_exp))
+        self.requires_grad_(not config.freeze_router)
         self.config = config
 
     def product(self, x_TD, linear):
@@ -267,21 +297,25 @@ class Router(nn.Module):
         clean_TE = self.product(x_TD, self.w_g)
         if not (self.config.use_noisy_top_k and self.training):
             return clean_TE
-        return clean_TE + torch.randn_like(clean_TE) * F.softplus(self.product(x_TD, self.w_noise))
+        noise_TE = torch.randn_like(clean_TE) * F.softplus(self.product(x_TD, self.w_noise))
+        return clean_TE + self.config.noise_scale * noise_TE
 
     def choose(self, logits_TE, scores_TE):
         """Indices (T, K) of the chosen experts, best first.
 
-        With bias balancing (Wang 2024, 2408.15664) the bias moves the choice only: the gate is of the unbiased score.
+        With bias balancing (balance.py) the bias moves the choice only: the gate is of the unbiased score.
         """
-        ranked_TE = scores_TE + self.balance_bias if self.config.use_bias_balance else logits_TE
+        ranked_TE = scores_TE + self.balance_bias if self.biased else logits_TE
         return ranked_TE.topk(self.config.top_k, dim=-1).indices
 
     def forward(self, x_TD):
         logits_TE = self.logits(x_TD)
         probs_TE = torch.softmax(logits_TE, dim=-1)
-        expert_TK, gate_TK = GATES[self.config.gate](logits_TE, probs_TE, self.choose)
-        return Routing(expert_TK, gate_TK, logits_TE, probs_TE)
+        gate = GATES[self.config.gate]
+        scores_TE = gate.score(logits_TE, probs_TE)
+        expert_TK = self.choose(logits_TE, scores_TE)
+        gate_TK = gate.weigh(logits_TE.gather(1, expert_TK), scores_TE.gather(1, expert_TK))
+        return Routing(expert_TK, self.config.gate_scale * gate_TK, logits_TE, probs_TE, scores_TE)
 
 
 class Experts(nn.Module):
@@ -289,7 +323,7 @@ class Experts(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        E, D, H = config.n_exp, config.n_embd, config.hidden
+        E, D, H = config.n_exp, config.n_embd, config.hidden_of_expert
         self.c_fc = nn.Parameter(torch.empty(E, D, H))
         self.c_proj = nn.Parameter(torch.empty(E, H, D))
         self.fc_bias = nn.Parameter(torch.empty(E, 1, H)) if config.bias else None
@@ -310,12 +344,16 @@ class MoE(nn.Module):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
-        self.shared = MLP(config, config.hidden * config.n_shared_exp, dropout=0.0) if config.n_shared_exp else None
+        self.shared = MLP(config, config.hidden_of_shared, dropout=0.0) if config.n_shared_exp else None
         self.dropout = nn.Dropout(config.dropout)
         self.config = config
         # Statistics of the last forward, for the log: they stay on the device until GPT.router_stats() reads them.
         self.register_buffer("count", torch.zeros(config.n_exp), persistent=False)  # choices per expert
         self.register_buffer("stats", torch.zeros(3), persistent=False)  # dropped fraction, entropy, largest |logit|
+        if config.use_quantile_balance:  # histogram of margins per expert
+            self.register_buffer("margins", torch.zeros(config.n_exp, balance.BINS), persistent=False)
+        if config.balance_scope == "step":  # choices per expert, then tokens: of the step so far, over all ranks
+            self.register_buffer("so_far", torch.zeros(config.n_exp + 1, dtype=torch.int64), persistent=False)
 
     def capacity(self, n_tokens):
         """Most pairs that an expert takes, Switch eq. 3 with k choices; None where no pair can be dropped."""
@@ -347,7 +385,7 @@ class MoE(nn.Module):
             y_TD = y_TD + self.shared(x_TD)
         self.record(routing, plan, capacity)
         losses = {
-            name: loss.formula(self, routing, plan)
+            name: loss.formula(self, routing, plan, x.shape[0])
             for name, loss in ROUTER_LOSSES.items()
             if getattr(self.config, loss.switch)
         }
@@ -359,6 +397,9 @@ class MoE(nn.Module):
         entropy = -(routing.probs_TE * torch.log_softmax(routing.logits_TE, dim=-1)).sum(-1).mean()
         self.count.copy_(plan.count_E)
         self.stats.copy_(torch.stack([dropped.float().mean(), entropy, routing.logits_TE.abs().max()]))
+        if self.config.use_quantile_balance and self.training:
+            margins_TE = balance.margins(routing.scores_TE, self.router.balance_bias, self.config.top_k)
+            self.margins.copy_(balance.histogram(margins_TE))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,15 +455,17 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """GPT-2's initialisation; Switch's (page 10) on the MoE layers under use_switch_tfm_init."""
+        """GPT-2's initialisation; Switch's (page 10) for the weights that has_switch_init() names."""
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # two residual additions a block
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif ".ln_" in name:
                 nn.init.ones_(p)
-            elif self.config.use_switch_tfm_init and (".router." in name or ".experts." in name):
-                fan_in = p.shape[-1] if ".router." in name else p.shape[-2]  # Linear keeps (out, in), Experts (in, out)
+            elif self.has_switch_init(name):
+                fan_in = (
+                    p.shape[-2] if ".experts." in name else p.shape[-1]
+                )  # Linear keeps (out, in), Experts (in, out)
                 std = math.sqrt(self.config.switch_tfm_init_scale / fan_in)
                 nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std, generator=generator)
             elif name.endswith(("c_proj.weight", "experts.c_proj")):
@@ -433,16 +476,31 @@ class GPT(nn.Module):
             else:
                 raise RuntimeError(f"no initialisation for {name}")
 
+    def has_switch_init(self, name):
+        """use_switch_tfm_init: routers and experts, as published. mlp_init: every MLP, dense and experts alike; with
+        switch_fc their first product alone, as the published code, which overwrites the residual projections, does."""
+        config = self.config
+        if config.use_switch_tfm_init and (".router." in name or ".experts." in name):
+            return True
+        of_mlp = ".mlp." in name and ".router." not in name
+        return of_mlp and (config.mlp_init == "switch" or (config.mlp_init == "switch_fc" and ".c_fc" in name))
+
     def forward(self, idx, targets=None, reduction="mean", dropless=False):
         """idx, targets int64 (B, S), target -1 ignored -> Output. `dropless` lifts the capacity, as sampling does."""
         h, losses = self.run_blocks(idx, dropless=dropless)
         if targets is None:
             return Output(None, None, losses, self.lm_head(h))
         h = h.to(compute_dtype(h))
-        ce = linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, targets.flatten(), reduction)
-        loss = ce if reduction == "mean" else ce.sum() / (targets >= 0).sum()
+        h, weight, z_weight = h.flatten(0, 1), self.lm_head.weight, self.config.output_z_loss_weight
+        if z_weight and reduction == "mean" and torch.is_grad_enabled():
+            loss, ce, z_loss = linear_cross_entropy_with_z_loss(h, weight, targets.flatten(), z_weight)
+        else:
+            ce = linear_cross_entropy(h, weight, targets.flatten(), reduction)
+            loss = ce if reduction == "mean" else ce.sum() / (targets >= 0).sum()
         for name, value in losses.items():
             loss = loss + getattr(self.config, ROUTER_LOSSES[name].weight) * value
+        if z_weight and reduction == "mean" and torch.is_grad_enabled():
+            losses = losses | {"output_z_loss": z_loss}
         return Output(loss, ce if reduction == "mean" else ce.view(targets.shape), losses, None)
 
     def hidden_states(self, idx, positions=None, attn_mask=None, cache=None, dropless=False):
@@ -486,8 +544,12 @@ class GPT(nn.Module):
 
     def router_table(self):
         """Of the last forward, on the device: a row per MoE layer (dropped fraction, entropy, largest |logit|, then the
-        choices per expert), float32."""
-        return torch.stack([torch.cat([moe.stats, moe.count]) for _, moe in self.moe_layers()])
+        choices per expert and, with quantile balancing, the histograms of margins), float32."""
+        layers = [moe for _, moe in self.moe_layers()]
+        histograms = [[moe.margins.flatten()] if self.config.use_quantile_balance else [] for moe in layers]
+        return torch.stack(
+            [torch.cat([moe.stats, moe.count, *more]) for moe, more in zip(layers, histograms, strict=True)]
+        )
 
     def router_stats(self, table=None):
         """A dict per MoE layer, of the last forward or of a table: layer, load (fraction of choices per expert, sums
@@ -498,7 +560,7 @@ class GPT(nn.Module):
             return []
         stats = []
         for layer, row in zip(layers, (self.router_table() if table is None else table).tolist(), strict=True):
-            (drop, entropy, logit), counts = row[: self.COUNTS], row[self.COUNTS :]
+            (drop, entropy, logit), counts = row[: self.COUNTS], row[self.COUNTS :][: self.config.n_exp]
             load = [count / max(1, sum(counts)) for count in counts]
             stats.append({"layer": layer, "load": load, "drop_frac": drop, "entropy": entropy, "max_logit": logit,
                           "max_vio": max(load) * len(load) - 1})  # fmt: skip
@@ -506,13 +568,24 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def update_balance_bias(self, table):
-        """Move each expert's selection bias by +-bias_balance_rate toward equal load (Wang 2024, algorithm 1).
+        """Move the selection biases, if there are any (balance.py).
 
         Once per step, with a router_table whose counts are summed over the micro-batches and ranks of the step.
         """
+        config = self.config
         for (_, moe), row in zip(self.moe_layers(), table, strict=True):
-            count_E = row[self.COUNTS :]
-            moe.router.balance_bias.add_(self.config.bias_balance_rate * torch.sign(count_E.mean() - count_E))
+            count_E, histogram = row[self.COUNTS :].split([config.n_exp, len(row) - self.COUNTS - config.n_exp])
+            bias_E = moe.router.balance_bias if moe.router.biased else None
+            if config.use_bias_balance:
+                bias_E.copy_(balance.sign_step(bias_E, count_E, config.bias_balance_rate))
+            elif config.use_quantile_balance:
+                bias_E.copy_(balance.quantile_step(histogram.view(config.n_exp, -1), config.top_k))
+
+    def start_step(self):
+        """Forget what the micro-batches of the last step have counted; a skipped step leaves nothing behind."""
+        if self.config.balance_scope == "step":
+            for _, moe in self.moe_layers():
+                moe.so_far.zero_()
 
     def num_params(self):
         """Parameters without the position embeddings, as nanoGPT counts; the tied output projection counts once."""
@@ -527,11 +600,18 @@ class GPT(nn.Module):
         """Training FLOPs per token, forward and backward, at sequence length T: PaLM (2204.02311) appendix B."""
         return 6 * self.num_active_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
-    def optimizer_groups(self, weight_decay):
-        """Two groups: weights of products and embeddings are decayed, biases (the experts' too) and norms are not."""
-        decayed = {n: p for n, p in self.named_parameters() if not (n.endswith("bias") or ".ln_" in n)}
-        plain = {n: p for n, p in self.named_parameters() if n not in decayed}
-        return [
-            {"params": list(decayed.values()), "weight_decay": weight_decay},
-            {"params": list(plain.values()), "weight_decay": 0.0},
+    def optimizer_groups(self, weight_decay, router_weight_decay=None, router_lr_scale=1.0):
+        """Groups of parameters: weights of products and embeddings are decayed, biases (the experts' too) and norms are
+        not; the router's weights are a group of their own where they differ in decay or rate."""
+        apart = (router_weight_decay, router_lr_scale) != (None, 1.0)
+        params = {"decayed": [], "plain": [], "router": []}
+        for name, p in self.named_parameters():
+            plain = name.endswith("bias") or ".ln_" in name
+            params["plain" if plain else "router" if apart and ".router." in name else "decayed"].append(p)
+        router_decay = weight_decay if router_weight_decay is None else router_weight_decay
+        groups = [
+            {"params": params["decayed"], "weight_decay": weight_decay, "lr_scale": 1.0},
+            {"params": params["plain"], "weight_decay": 0.0, "lr_scale": 1.0},
+            {"params": params["router"], "weight_decay": router_decay, "lr_scale": router_lr_scale},
         ]
+        return [group for group in groups if group["params"]]

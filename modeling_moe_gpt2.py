@@ -34,6 +34,7 @@ class MoEGPT2Config(PreTrainedConfig):
     n_inner: int | None = None  # hidden width of the dense layers; None: 4 * n_embd
     bias: bool = True
     dropout: float | int = 0.0
+    qk_norm: bool = False  # RMS norm of queries and keys per head, without weights
     moe_layers: list[int] | tuple[int, ...] = ()  # numbers of the MoE layers; the others are dense
     num_experts: int = 8
     num_experts_per_tok: int = 2
@@ -42,7 +43,8 @@ class MoEGPT2Config(PreTrainedConfig):
     gate: str = "topk_softmax"  # or softmax, sigmoid
     gate_scale: float | int = 1.0
     balance_bias: bool = False  # a bias on the scores that decides the selection and leaves the gates alone
-    router_noise: bool = False  # learned noise on the router logits, in training
+    router_noise: bool = False  # learned noise on the router logits, times noise_scale, in training
+    noise_scale: float | int = 1.0
     router_float32: bool = False  # router in float32 whatever the type of the model
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -57,7 +59,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.n_head, self.dropout, self.qk_norm, self.layer = config.n_head, config.dropout, config.qk_norm, layer
 
     def forward(self, x, mask, cache):
         B, S, D = x.shape
@@ -65,6 +67,8 @@ class Attention(nn.Module):
             part.view(B, S, self.n_head, D // self.n_head).transpose(1, 2)  # (B, n_head, S, head width)
             for part in self.c_attn(x).split(D, dim=2)
         )
+        if self.qk_norm:
+            q, k = (F.rms_norm(part, part.shape[-1:]) for part in (q, k))
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         dropout = self.dropout if self.training else 0.0
@@ -106,7 +110,8 @@ class Router(nn.Module):
         """Chosen experts, best first, and their gates, (T, K) each."""
         logits_TE, gate = self.product(x_TD, self.w_g), self.config.gate
         if self.w_noise is not None and self.training:
-            logits_TE = logits_TE + torch.randn_like(logits_TE) * F.softplus(self.product(x_TD, self.w_noise))
+            noise_TE = torch.randn_like(logits_TE) * F.softplus(self.product(x_TD, self.w_noise))
+            logits_TE = logits_TE + self.config.noise_scale * noise_TE
         score_TE = logits_TE.sigmoid() if gate == "sigmoid" else logits_TE.softmax(dim=-1)
         ranked_TE = logits_TE if self.balance_bias is None else score_TE + self.balance_bias
         expert_TK = ranked_TE.topk(self.config.num_experts_per_tok, dim=-1).indices

@@ -208,15 +208,12 @@ def load_published(path):
 
     if not Path(path).exists():
         return []
-    runs = []
+    runs, meta = [], {"tokens_per_step": PUBLISHED["total_batch_size"]}
     for (name, run_id, seed), rows in pd.read_csv(path, dtype={"run_id": str}).groupby(["variant", "run_id", "seed"]):
         parts = {stream: rows.dropna(subset=stream) for stream in ("val", "hella")}
         streams = {stream: (part.step.to_numpy(), part[stream].to_numpy()) for stream, part in parts.items()}
-        runs.append(Run(name, run_id, int(seed), streams, {"tokens_per_step": PUBLISHED_BATCH}, Path(path)))
+        runs.append(Run(name, run_id, int(seed), streams, meta, Path(path)))
     return runs
-
-
-PUBLISHED_BATCH = PUBLISHED["total_batch_size"]  # tokens per step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,7 +314,7 @@ def spike_steps(streams):
 
 
 def died_at_start(streams):
-    """True for a run that never got past step 0. One published run did that, and nobody noticed."""
+    """True for a run that never got past step 0. One published run did that."""
     return max((steps[-1] for steps, _ in streams.values() if len(steps)), default=0) == 0
 
 

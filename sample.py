@@ -257,6 +257,7 @@ def main():
         print(f"note: of the prompt's {len(ids)} tokens the model sees the last {window} (block_size)", file=sys.stderr)
     idx = torch.tensor(ids[-window:], dtype=torch.int64, device=device)
     check_memory(model, len(idx), args, device)
+    sys.stdout.reconfigure(errors="replace")  # bytes of a character that is cut off, and what a terminal cannot show
     steps = stream(
         model, idx.repeat(args.num_samples, 1), args.max_new_tokens,
         args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed),

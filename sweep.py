@@ -63,6 +63,8 @@ FULL_PREC = {"router_use_full_prec": True}
 SWITCH_INIT = {"use_switch_tfm_init": True}
 SWITCH_ROUTER = {"top_k": 1, "gate": "softmax"} | AUX
 ALL_TRICKS = NOISY | AUX | Z | FULL_PREC | SWITCH_INIT
+SMALL_INIT = ALL_TRICKS | {"switch_tfm_init_scale": 0.1}
+ONE_SHARED = {"n_shared_exp": 1, "top_k": 1, "gate": "softmax"}  # as many active parameters as top 2
 
 LADDER = (  # the published ablation: each adds one trick to the one before
     Variant("no_moe", "dense", "#000000", "-", "", {"n_exp": 1}),
@@ -81,23 +83,9 @@ NEW = (
     Variant("dropless", "dropless", "#44AA99", "--", "s", {"train_capacity": math.inf, "eval_capacity": math.inf}),
     Variant("aux_only", "load-balance loss alone", "#117733", ":", "^", AUX),
     Variant("z_only", "router z-loss alone", "#CC6677", "-.", "D", Z),
-    Variant(
-        "switch_tfm_init_0.1",
-        "all tricks, Switch init at 0.1",
-        "#882255",
-        "-",
-        "P",
-        ALL_TRICKS | {"switch_tfm_init_scale": 0.1},
-    ),
+    Variant("switch_tfm_init_0.1", "all tricks, Switch init at 0.1", "#882255", "-", "P", SMALL_INIT),
     Variant("bias_balance", "bias balancing", "#EE7733", "--", "v", {"use_bias_balance": True}),
-    Variant(
-        "shared_expert",
-        "1 shared + 1 of 8",
-        "#0077BB",
-        "-.",
-        "*",
-        {"n_shared_exp": 1, "top_k": 1, "gate": "softmax"},  # as many active parameters as top 2
-    ),
+    Variant("shared_expert", "1 shared + 1 of 8", "#0077BB", "-.", "*", ONE_SHARED),
     Variant("sigmoid", "sigmoid gate", "#AA4499", ":", "X", {"gate": "sigmoid"}),
 )
 VARIANTS = {variant.name: variant for variant in LADDER + NEW}
@@ -248,12 +236,14 @@ def as_flags(settings):
 
 def follow(job):
     """Read the lines that the log has gained. Malformed ones are passed over: the trainer removes or names them."""
-    if not job.log.exists():
+    try:
+        f = open(job.log, "rb")  # noqa: SIM115 - closed below
+    except FileNotFoundError:
         return
-    stat = job.log.stat()
-    if stat.st_ino != job.inode or stat.st_size < job.read_to:  # a resumed run has cut and replaced its log
-        job.inode, job.read_to, job.last = stat.st_ino, 0, {}
-    with open(job.log, "rb") as f:
+    with f:
+        stat = os.fstat(f.fileno())
+        if stat.st_ino != job.inode or stat.st_size < job.read_to:  # a resumed run has cut and replaced its log
+            job.inode, job.read_to, job.last = stat.st_ino, 0, {}
         f.seek(job.read_to)
         new = f.read()
     new = new[: new.rfind(b"\n") + 1]

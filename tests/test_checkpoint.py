@@ -471,7 +471,7 @@ def test_a_state_of_another_run_is_refused_with_the_first_misfit():
 
 RANKS = """
 import sys; sys.path[:0] = sys.argv[1:3]
-import torch, torch.distributed as dist, checkpoint, common, train_single_gpu as trainer
+import torch, torch.distributed as dist, checkpoint, common
 from common import UserError
 from test_checkpoint import MOE, adafactor, adamw, equal, small_model, train_step
 
@@ -482,7 +482,7 @@ reference = checkpoint.load(sys.argv[3])
 for make, sharded in ((adamw, False), (adafactor, False), (adamw, True)):
     model = small_model(seed=5 + rank, **MOE)
     if sharded:
-        trainer.shard(model)
+        common.shard(model)
     optimizer = make(model, foreach=False)
     wanted = {name: reference[make.__name__][name] for name in ("model", "optimizer")}
     checkpoint.set_state(model, optimizer, wanted if rank == 0 else None, "a")

@@ -109,12 +109,12 @@ def test_ranks_end_without_shutting_python_down(shards, tmp_path):
 
 MEMORY = """
 import sys; sys.path.insert(0, sys.argv[1])
-import torch, torch.distributed as dist, common, train_single_gpu as trainer
+import torch, torch.distributed as dist, common
 from model import GPT, GPTConfig
 dist.init_process_group("gloo")
 model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, n_exp=64, stride=1))
 total = sum(p.numel() for p in model.parameters())
-trainer.shard(model)
+common.shard(model)
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 idx = torch.arange(64).view(2, 32)
 model(idx, idx).loss.backward()
@@ -140,14 +140,14 @@ def test_memory_of_a_sharded_rank_falls_as_one_over_n(n, tmp_path):
     assert params == grads == moments / 2 == pytest.approx(total / n, rel=0.02)
 
 
-def test_global_balance_is_the_loss_of_the_whole_batch(shards, tmp_path):
-    """With --balance_scope global the loads of 2 ranks of B=2 are those of one process of B=4."""
+def test_balance_over_the_step_is_the_loss_of_the_whole_batch(shards, tmp_path):
+    """With --balance_scope step the loads of 2 ranks of B=2 are those of one process of B=4."""
     common = {"data_root": str(shards), "use_aux_loss": True, "aux_loss_weight": 1.0, "max_steps": 5, "stride": 1,
               "total_batch_size": 128, "train_capacity": math.inf, "eval_capacity": math.inf}  # fmt: skip
     (whole,) = launch(1, tmp_path, [common | {"name": "whole", "B": 4}]).values()
-    two = launch(2, tmp_path, [common | {"name": "global", "balance_scope": "global"}, common | {"name": "local"}])
+    two = launch(2, tmp_path, [common | {"name": "step", "balance_scope": "step"}, common | {"name": "local"}])
     for stream in ("train", "aux_loss", "grad_norm"):
-        np.testing.assert_allclose(two["global"][stream][1], whole[stream][1], rtol=1e-4, err_msg=stream)
+        np.testing.assert_allclose(two["step"][stream][1], whole[stream][1], rtol=1e-4, err_msg=stream)
     assert np.abs(two["local"]["aux_loss"][1] - whole["aux_loss"][1]).max() > 1e-3
 
 

@@ -28,6 +28,9 @@ VARIANTS = [
     *({"gate": gate, "use_bias_balance": True, "top_k": 3} for gate in GATES),
     {"n_shared_exp": 1}, {"use_noisy_top_k": True}, {"stride": 1}, {"stride": 3, "n_exp": 64}, {"bias": False},
     {"router_use_full_prec": True, "dropout": 0.3, "eval_capacity": 0.1, "train_capacity": float("inf")},
+    {"n_layer": 4, "first_dense": 1, "expert_hidden": 7, "n_shared_exp": 2, "shared_expert_hidden": 5},
+    {"expert_hidden": "iso", "n_shared_exp": 2}, {"use_quantile_balance": True, "gate_scale": 2.5}, {"qk_norm": True},
+    {"n_exp": 1, "qk_norm": True, "bias": False},
     {**BALANCED, "bias": False, "stride": 1},
 ]  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore:top_k=1")
@@ -47,7 +50,7 @@ def random_model(**fields):
     for name, p in model.named_parameters():
         p.data.normal_(mean=float(".ln_" in name and name.endswith("weight")), std=0.3, generator=generator)
     for _, moe in model.moe_layers():
-        if model.config.use_bias_balance:
+        if moe.router.biased:
             moe.router.balance_bias.normal_(std=0.3, generator=generator)
     return model.eval()
 

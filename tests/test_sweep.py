@@ -135,7 +135,7 @@ def test_a_runs_variant_is_found_by_its_settings(name, defaults, request):
     (job,) = make_jobs("--variants", name, "--seeds", "1", "--", *flags)
     settings = identity.counted_settings(job.args)
     assert sweep.variant_of(run_with(settings)).name == name
-    for other in ({"top_k": 3}, {"stride": 1}, {"aux_loss_weight": 1.0}, {"balance_scope": "global"}):
+    for other in ({"top_k": 3}, {"stride": 1}, {"aux_loss_weight": 1.0}, {"balance_scope": "step"}):
         found = sweep.variant_of(run_with(settings | other))
         assert (found.name if found else None) == ("no_moe" if name == "no_moe" else None)
 
@@ -420,7 +420,7 @@ def test_finished_runs_are_passed_over_and_failures_do_not_stop_the_others(call,
 
 @pytest.mark.slow
 def test_a_run_is_never_filed_under_other_settings(call, tmp_path, shards):
-    """The first two faults of an audit: another folder for the logs, and the same one, with another learning rate."""
+    """Another learning rate, with the logs in another folder, and in the same one."""
     argv = (
         "--variants",
         "no_moe",

@@ -18,6 +18,7 @@ from conftest import TINY_RUN, flags, lines
 import checkpoint
 import common
 import identity
+import optim
 import runlog
 import train_single_gpu as trainer
 from common import UserError
@@ -54,7 +55,7 @@ def test_defaults_are_the_published_ones():
     }  # fmt: skip
     args = trainer.Args()
     assert {name: getattr(args, name) for name in published} == published
-    assert trainer.learning_rate(args.max_steps, args) == pytest.approx(6e-5)
+    assert optim.learning_rate(args.max_steps, args) == pytest.approx(6e-5)
 
 
 def test_every_setting_is_explained_once_and_in_its_group():
@@ -74,7 +75,7 @@ def test_settings_reach_the_model(train):
         "use_aux_loss": True, "use_router_z_loss": True, "use_bias_balance": True, "aux_loss_weight": 0.5,
         "router_z_loss_weight": 0.25, "train_capacity": 3.0, "eval_capacity": math.inf, "min_capacity": 7,
         "use_switch_tfm_init": True, "switch_tfm_init_scale": 0.1, "router_use_full_prec": True, "dropout": 0.1,
-        "bias": False, "balance_scope": "global", "block_size": 48,
+        "bias": False, "balance_scope": "step", "block_size": 48,
     }  # fmt: skip
     train(**unlike, max_steps=1, name="unlike")
     model, _ = checkpoint.load_model("checkpoints/unlike_test_seed_1337/step_000001.pt")
@@ -98,15 +99,6 @@ def test_settings_reach_the_model(train):
 ])  # fmt: skip
 def test_names_are_the_published_ones(settings, name):
     assert identity.run_name(trainer.Args(**settings)) == name
-
-
-def test_learning_rate():
-    args = trainer.Args(max_lr=1.0, min_lr=0.2, warmup_steps=10, max_steps=110)
-    assert trainer.learning_rate(0, args) == pytest.approx(0.1)
-    assert trainer.learning_rate(9, args) == trainer.learning_rate(10, args) == pytest.approx(1.0)
-    assert trainer.learning_rate(60, args) == pytest.approx(0.6)
-    assert trainer.learning_rate(110, args) == trainer.learning_rate(500, args) == pytest.approx(0.2)
-    assert trainer.learning_rate(0, dataclasses.replace(args, warmup_steps=0)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("wrong, said", [
