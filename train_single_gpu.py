@@ -82,7 +82,8 @@ class Args(GPTConfig):
     schedule: Literal["cosine", "wsd"] = "cosine"  # Learning rate after the warmup; wsd: constant, then 1 - sqrt
     decay_steps: Positive | None = None  # Steps of the decay of wsd (default: a fifth of max_steps)
     max_minutes: Changeable[FiniteAboveZero | None] = None  # Minutes of training at which a run ends; sets the schedule
-    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: little state, max_lr relative to a weight's size
+    optimizer: Literal["adamw", "muon", "adafactor"] = "adamw"  # muon: hidden matrices; adafactor: rates by weight size
+    muon_lr: FiniteAboveZero = 0.02  # Peak learning rate of Muon's matrices; all other weights have max_lr
     router_lr_scale: FiniteAboveZero = 1.0  # Factor on the router's learning rate
     router_weight_decay: Rate | None = None  # Decay of the router's weights (default: weight_decay)
     weight_decay: Changeable[Rate] = 0.1  # Decay of weights, not of biases and norms
@@ -416,7 +417,11 @@ def check_args(args, world_size):
     if args.fsdp and world_size == 1:
         raise UserError("--fsdp shards over ranks: start with torchrun --nproc_per_node=N, or leave it out")
     if args.fsdp and args.optimizer != "adamw":
-        raise UserError(f"--fsdp needs --optimizer adamw: the state of {args.optimizer} has no parameter's shape")
+        raise UserError(f"--fsdp needs --optimizer adamw: {args.optimizer} needs whole parameters")
+    if args.muon_lr != identity.PUBLISHED["muon_lr"] and args.optimizer != "muon":
+        raise UserError(f"--muon_lr {args.muon_lr} belongs to --optimizer muon: pass that, or leave it out")
+    if args.optimizer == "muon" and not args.max_lr:
+        raise UserError("--optimizer muon needs a --max_lr above 0: the schedule is relative to it")
     if args.name:
         identity.run_stem(args.name, "0", args.seed)
     if args.run_id:
