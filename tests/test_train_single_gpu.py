@@ -166,7 +166,8 @@ GOLDEN = {  # every fourth train loss, then val at 0, 10, 20
 
 @pytest.mark.parametrize("settings", [
     {"n_exp": 1}, {"n_exp": 4}, {"n_exp": 4, "top_k": 1, "gate": "softmax"}, {"dtype": "bfloat16"},
-    {"optimizer": "adafactor", "max_lr": 0.3}, {"optimizer": "muon"}, {"use_bias_balance": True}, {"init_from": "scratch", "dropout": 0.1},
+    {"optimizer": "adafactor", "max_lr": 0.3}, {"optimizer": "muon"}, {"use_bias_balance": True},
+    {"use_quantile_balance": True}, {"init_from": "scratch", "dropout": 0.1},
 ], ids=str)  # fmt: skip
 def test_loss_falls(train, settings):
     _, streams = train(**{"max_steps": 60, "max_lr": 1e-2} | settings)
