@@ -17,6 +17,7 @@ function before its first step.
 """
 
 import dataclasses
+import math
 import re
 import sys
 import zipfile
@@ -376,7 +377,7 @@ def upcycle(fields, weights, overrides, source, generator):
         if overrides.get(name, value) != value:
             raise UserError(f"{name} {overrides[name]} does not fit {source}, whose {name} is {value}: leave it out")
     config = config_of({**dataclasses.asdict(old), **overrides}, source)
-    weights = fit_moe(fit_embeddings(weights, config, source), config)
+    weights = fit_moe(fit_embeddings(weights, config, source), config, source)
     with torch.device("meta"):
         model = GPT(config)
     wanted = model.state_dict()
@@ -389,6 +390,8 @@ def upcycle(fields, weights, overrides, source, generator):
         buffer.zero_()
     if new:
         model.init_weights(generator)
+    if any(name.endswith(".w_g.weight") for name in new):
+        tie_slices(model)
     for name in (name for name in new if ".shared.c_proj." in name):
         model.get_parameter(name).zero_()  # a new shared expert adds 0: the function stays the dense model's
     model.load_state_dict(kept, strict=False)
@@ -416,19 +419,59 @@ def fit_embeddings(weights, config, source):
     return {**weights, **new}
 
 
-def fit_moe(weights, config):
-    """Each dense MLP in a layer that is MoE in `config`, copied into all experts (sparse upcycling)."""
+def fit_moe(weights, config, source):
+    """Each dense MLP in a layer that is MoE in `config`, copied into all experts (sparse upcycling).
+
+    Narrow experts are m = hidden / hidden_of_expert slices of it: expert e has the hidden units of slice e % m. A token
+    that chooses all m slices of a group, each with an m-th of its gate, gets the whole MLP when c_proj is m times as
+    large; tie_slices() makes it choose so. What a gate multiplies is divided by gate_scale.
+    """
+
+    def spread(slices):
+        """(m, ...) -> (E, ...): slice e % m for expert e, without a copy where m is 1."""
+        return slices.expand(config.n_exp // m, *slices.shape).flatten(0, 1)
+
     weights = dict(weights)
     for layer in range(config.n_layer):
         mlp = f"transformer.h.{layer}.mlp."
         if not config.is_moe_layer(layer) or f"{mlp}c_fc.weight" not in weights:
             continue
-        for name, bias in (("c_fc", "fc_bias"), ("c_proj", "proj_bias")):
-            weight = weights.pop(f"{mlp}{name}.weight")
-            weights[f"{mlp}experts.{name}"] = weight.t().expand(config.n_exp, -1, -1)
-            if config.bias:
-                weights[f"{mlp}experts.{bias}"] = weights.pop(f"{mlp}{name}.bias").expand(config.n_exp, 1, -1)
+        m = count_slices(config, source)
+        c_fc, c_proj = (weights.pop(f"{mlp}{name}.weight").t() for name in ("c_fc", "c_proj"))
+        weights[f"{mlp}experts.c_fc"] = spread(torch.stack(c_fc.chunk(m, dim=1)))
+        c_proj = c_proj * (m / config.gate_scale)
+        weights[f"{mlp}experts.c_proj"] = spread(torch.stack(c_proj.chunk(m)))
+        if config.bias:
+            fc_bias, proj_bias = (weights.pop(f"{mlp}{name}.bias") for name in ("c_fc", "c_proj"))
+            weights[f"{mlp}experts.fc_bias"] = spread(fc_bias.view(m, 1, -1))
+            weights[f"{mlp}experts.proj_bias"] = (proj_bias / config.gate_scale).expand(config.n_exp, 1, -1)
     return weights
+
+
+def count_slices(config, source):
+    """Number of experts that share one dense MLP; UserError, with the widths that do, where they cannot."""
+    hidden, width, most, why = config.hidden, config.hidden_of_expert, 1, "m divides n_exp and top_k"
+    if config.use_noisy_top_k:
+        why = "m is 1, as noise would separate slices"
+    elif config.gate == "softmax" or (config.gate == "sigmoid" and config.top_k == 1):
+        why = "m is 1, as the weights of this gate do not sum to 1"
+    else:
+        most = math.gcd(config.n_exp, config.top_k, hidden)
+    widths = [hidden // m for m in range(1, most + 1) if most % m == 0]
+    if width in widths:
+        return hidden // width
+    raise UserError(
+        f"--expert_hidden {width} does not split the MLPs of {source}, {hidden} wide, into m experts where {why}: "
+        f"pass --expert_hidden {' or '.join(map(str, widths))}"
+    )
+
+
+def tie_slices(model):
+    """Give the m slices of one MLP the same router row, so that a token chooses all of them or none."""
+    m = model.config.hidden // model.config.hidden_of_expert
+    for _, moe in model.moe_layers():
+        rows = moe.router.w_g.weight
+        rows.copy_(rows[::m].repeat_interleave(m, dim=0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
