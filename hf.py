@@ -187,9 +187,9 @@ EXPORTED = (
     "noise_scale", "router_use_full_prec", "use_bias_balance", "use_quantile_balance",
 )  # fmt: skip
 TRAINING_ONLY = (
-    "mlp_init", "mlp_init_scale", "use_switch_tfm_init", "switch_tfm_init_scale", "freeze_router", "output_z_loss_weight",
-    "use_aux_loss", "use_router_z_loss", "z_loss_on", "aux_loss_weight", "router_z_loss_weight", "balance_scope",
-    "bias_balance_rate", "train_capacity", "eval_capacity", "min_capacity",
+    "mlp_init", "mlp_init_scale", "use_switch_tfm_init", "switch_tfm_init_scale", "freeze_router",
+    "output_z_loss_weight", "use_aux_loss", "use_router_z_loss", "z_loss_on", "aux_loss_weight",
+    "router_z_loss_weight", "balance_scope", "bias_balance_rate", "train_capacity", "eval_capacity", "min_capacity",
 )  # fmt: skip
 TOKENIZERS = {"gpt2": GPT2Tokenizer, "bytes": ByteTokenizer}
 TOKENIZER_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}  # as transformers names them, as here

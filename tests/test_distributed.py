@@ -27,7 +27,6 @@ VARIANTS = {
     "balance": {"use_bias_balance": True, "gate": "sigmoid"},
     "shared": {"n_shared_exp": 1},
     "dropless": {"train_capacity": math.inf},
-    "muon": {"optimizer": "muon"},
     "noisy": {"use_noisy_top_k": True, "dropout": 0.1},  # noise belongs to the micro-batch, so even this agrees
 }
 SETTINGS = TINY_RUN | {"n_embd": 16, "B": 2, "max_steps": 20, "val_loss_steps": 3, "progress": "lines"}
