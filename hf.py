@@ -394,7 +394,7 @@ WITHOUT_TOKENIZER = {
 def model_card(model, name, state, has_tokenizer):
     """README.md of the folder: how to load it, and from the checkpoint `state` its losses, data and settings."""
     config, layers = model.config, [layer for layer, _ in model.moe_layers()]
-    what = "A GPT-2."
+    what = "A GPT-2 with QK norm." if config.qk_norm else "A GPT-2."
     if layers:
         what = (
             f"A GPT-2 of {config.n_layer} layers with Mixture of Experts in layers {', '.join(map(str, layers))}: "
