@@ -462,4 +462,6 @@ def settings_of(config, state):
         name: value for name, value in record.get("settings", {}).items() if name not in (*MODEL_FIELDS, "data")
     }
     settings |= {name: record[name] for name in ("dtype", "world_size", "commit", "torch") if name in record}
+    for name in ("init_from", "hellaswag_data"):  # paths of this machine
+        settings |= {name: Path(settings[name]).name} if settings.get(name) else {}
     return list(settings.items())
