@@ -394,7 +394,7 @@ WITHOUT_TOKENIZER = {
 def model_card(model, name, state, has_tokenizer):
     """README.md of the folder: how to load it, and from the checkpoint `state` its losses, data and settings."""
     config, layers = model.config, [layer for layer, _ in model.moe_layers()]
-    what = "A GPT-2."
+    what = "A GPT-2 with QK norm." if config.qk_norm else "A GPT-2."
     if layers:
         what = (
             f"A GPT-2 of {config.n_layer} layers with Mixture of Experts in layers {', '.join(map(str, layers))}: "
@@ -462,4 +462,6 @@ def settings_of(config, state):
         name: value for name, value in record.get("settings", {}).items() if name not in (*MODEL_FIELDS, "data")
     }
     settings |= {name: record[name] for name in ("dtype", "world_size", "commit", "torch") if name in record}
+    for name in ("init_from", "hellaswag_data"):  # paths of this machine
+        settings |= {name: Path(settings[name]).name} if settings.get(name) else {}
     return list(settings.items())

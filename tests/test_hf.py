@@ -429,7 +429,7 @@ def test_the_command_writes_model_tokenizer_and_card(tmp_path, n_exp):
 def test_the_card_of_a_run_has_its_losses_data_and_settings(train, tmp_path):
     from huggingface_hub import ModelCard
 
-    code, streams = train(use_bias_balance=True, use_noisy_top_k=True)
+    code, streams = train(use_bias_balance=True, use_noisy_top_k=True, hellaswag_data=str(tmp_path / "hella.jsonl"))
     assert code == 0
     model, state = checkpoint.load_model(next(Path("checkpoints").iterdir()))
     checkpoint.export_hf(model, tmp_path / "out", state)
@@ -440,7 +440,8 @@ def test_the_card_of_a_run_has_its_losses_data_and_settings(train, tmp_path):
     assert ["validation, nats per token", "10", f"{streams['val'][1][-1]:.4f}"] in rows
     assert [row[1] for row in rows if row[0].startswith("train, mean")] == ["10"]
     for row in (["tokenizer", "bytes"], ["shards", "words"], ["source", "tests"], ["tokens seen", "2,560"],
-                ["use_bias_balance", "True"], ["n_embd", "32"], ["max_lr", "0.003"], ["steps", "10"]):  # fmt: skip
+                ["use_bias_balance", "True"], ["n_embd", "32"], ["max_lr", "0.003"], ["steps", "10"],
+                ["hellaswag_data", "hella.jsonl"], ["init_from", "scratch"]):  # fmt: skip
         assert row in rows, row
     assert str(tmp_path) not in card.text
     shutil.rmtree("logs")
