@@ -51,10 +51,10 @@ PUBLISHED = {
     "T": 1024, "max_steps": 190_730, "max_lr": 6e-4, "min_lr": None, "warmup_steps": 2000, "optimizer": "adamw",
     "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "on_nonfinite": "stop", "val_loss_every": 250,
     "val_loss_steps": 20, "hellaswag_every": None, "hellaswag_limit": None, "hellaswag_data": "", "dtype": "bfloat16",
-    "mlp_init": "gpt2", "qk_norm": False, "output_z_loss_weight": 0.0, "first_dense": 0, "expert_hidden": None,
+    "mlp_init": "gpt2", "mlp_init_scale": 1.0, "qk_norm": False, "output_z_loss_weight": 0.0, "first_dense": 0, "expert_hidden": None,
     "shared_expert_hidden": None, "gate_scale": 1.0, "noise_scale": 1.0, "freeze_router": False, "z_loss_on": "all",
     "use_quantile_balance": False, "schedule": "cosine", "decay_steps": None, "max_minutes": None,
-    "router_lr_scale": 1.0, "router_weight_decay": None,
+    "router_lr_scale": 1.0, "router_weight_decay": None, "muon_lr": 0.02,
 }  # fmt: skip
 
 
@@ -183,7 +183,7 @@ NEEDED = ("args", "config", "loader", "progress", "step", "record")  # in a chec
 SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd", "bias", "block_size")  # fixed by the weights of --init_from
 # Fixed in a run, yet free in one that branches off another run's checkpoint.
 MAY_BRANCH = ("seed", "max_lr", "min_lr", "warmup_steps", "schedule", "decay_steps", "router_lr_scale",
-              "router_weight_decay", "init_from", "parent")  # fmt: skip
+              "router_weight_decay", "muon_lr", "init_from", "parent")  # fmt: skip
 
 
 def read_record(log_path):

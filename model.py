@@ -120,6 +120,7 @@ class GPTConfig:
     bias: bool = True  # Biases in Linears, LayerNorms and experts, as in GPT-2
     dropout: Fraction = 0.0  # Dropout rate: 0 for pretraining, 0.1 and more for finetuning
     mlp_init: Literal[MLP_INITS] = "gpt2"  # All MLPs, dense and experts; switch_fc: their first product alone
+    mlp_init_scale: FiniteAboveZero = 1.0  # Scale of mlp_init switch and switch_fc; the paper recommends 0.1
     qk_norm: bool = False  # RMS norm of queries and keys per head
     output_z_loss_weight: Rate = 0.0  # Weight of the mean squared logsumexp of the output logits
 
@@ -159,15 +160,32 @@ class GPTConfig:
             raise ValueError(f"{bad[0]} {bad[1]}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.n_exp > 1 and self.top_k > self.n_exp:
-            raise ValueError(f"top_k {self.top_k} is more than n_exp {self.n_exp}: a token cannot pick an expert twice")
+        if self.mlp_init == "gpt2" and self.mlp_init_scale != 1.0:
+            raise ValueError("mlp_init_scale is the scale of mlp_init switch: set that too")
+        if self.n_exp > 1:
+            self.check_experts()
+        elif width := self.expert_hidden or self.shared_expert_hidden:
+            name = "expert_hidden" if self.expert_hidden else "shared_expert_hidden"
+            raise ValueError(f"{name} {width} needs experts: set n_exp too, or leave it out")
 
+    def check_experts(self):
+        """Refuse what no MoE layer can have, and settings of a part that is off."""
+        if self.top_k > self.n_exp:
+            raise ValueError(f"top_k {self.top_k} is more than n_exp {self.n_exp}: a token cannot pick an expert twice")
+        if self.first_dense >= self.n_layer:
+            raise ValueError(f"first_dense {self.first_dense} of n_layer {self.n_layer} leaves no MoE layer: lower it")
         if self.use_bias_balance and self.use_quantile_balance:
             raise ValueError("use_bias_balance and use_quantile_balance move the same bias: choose one")
-        if self.expert_hidden == "iso" and self.hidden % (self.top_k + self.n_shared_exp):
-            raise ValueError(
-                f"expert_hidden iso is 4 n_embd / (top_k + n_shared_exp), and {self.hidden} is not divisible"
-            )
+        parts = self.top_k + self.n_shared_exp
+        if self.expert_hidden == "iso" and (self.hidden % parts or self.shared_expert_hidden):
+            of = f"4 n_embd / (top_k + n_shared_exp) = {self.hidden} / {parts}, of shared experts too"
+            raise ValueError(f"expert_hidden iso is {of}: make it a whole number without shared_expert_hidden")
+        for name, off, part in (
+            ("z_loss_on", "all", "use_router_z_loss"), ("noise_scale", 1.0, "use_noisy_top_k"),
+            ("shared_expert_hidden", None, "n_shared_exp"),
+        ):  # fmt: skip
+            if getattr(self, name) != off and not getattr(self, part):
+                raise ValueError(f"{name} {getattr(self, name)} has no effect without {part}: set that too")
 
     @property
     def hidden(self):
@@ -232,7 +250,7 @@ class CausalSelfAttention(nn.Module):
             for part in self.c_attn(x).split(D, dim=2)
         )
         if self.qk_norm:  # without weights (2302.05442 has them)
-            q, k = (F.rms_norm(part, part.shape[-1:]) for part in (q, k))
+            q, k = (F.rms_norm(part, part.shape[-1:]).to(v.dtype) for part in (q, k))  # float32 under CUDA's autocast
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dtype = q.dtype
@@ -468,18 +486,18 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator=None):
-        """GPT-2's initialisation; Switch's (page 10) for the weights that has_switch_init() names."""
+        """GPT-2's initialisation; Switch's (page 10) for the weights that switch_init_scale() names."""
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # two residual additions a block
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif ".ln_" in name:
                 nn.init.ones_(p)
-            elif self.has_switch_init(name):
+            elif self.switch_init_scale(name):
                 fan_in = (
                     p.shape[-2] if ".experts." in name else p.shape[-1]
                 )  # Linear keeps (out, in), Experts (in, out)
-                std = math.sqrt(self.config.switch_tfm_init_scale / fan_in)
+                std = math.sqrt(self.switch_init_scale(name) / fan_in)
                 nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std, generator=generator)
             elif name.endswith(("c_proj.weight", "experts.c_proj")):
                 nn.init.normal_(p, std=residual_std, generator=generator)
@@ -489,14 +507,19 @@ class GPT(nn.Module):
             else:
                 raise RuntimeError(f"no initialisation for {name}")
 
-    def has_switch_init(self, name):
-        """use_switch_tfm_init: routers and experts, as published. mlp_init: every MLP, dense and experts alike; with
-        switch_fc their first product alone, as the published code, which overwrites the residual projections, does."""
+    def switch_init_scale(self, name):
+        """Scale of Switch's initialisation for this weight; None where GPT-2's is due.
+
+        mlp_init: every MLP, dense and experts alike; with switch_fc their first product alone, as the published code
+        does, which overwrites the residual projections. use_switch_tfm_init: routers and experts, as the paper does.
+        """
         config = self.config
-        if config.use_switch_tfm_init and (".router." in name or ".experts." in name):
-            return True
         of_mlp = ".mlp." in name and ".router." not in name
-        return of_mlp and (config.mlp_init == "switch" or (config.mlp_init == "switch_fc" and ".c_fc" in name))
+        if of_mlp and (config.mlp_init == "switch" or (config.mlp_init == "switch_fc" and ".c_fc" in name)):
+            return config.mlp_init_scale
+        if config.use_switch_tfm_init and (".router." in name or ".experts." in name):
+            return config.switch_tfm_init_scale
+        return None
 
     def forward(self, idx, targets=None, reduction="mean", dropless=False):
         """idx, targets int64 (B, S), target -1 ignored -> Output. `dropless` lifts the capacity, as sampling does."""
@@ -573,8 +596,9 @@ class GPT(nn.Module):
         if not layers:
             return []
         stats = []
-        for layer, row in zip(layers, (self.router_table() if table is None else table).tolist(), strict=True):
-            (drop, entropy, logit, *variances), counts = row[: self.COUNTS], row[self.COUNTS :][: self.config.n_exp]
+        table = (self.router_table() if table is None else table)[:, : self.COUNTS + self.config.n_exp]
+        for layer, row in zip(layers, table.tolist(), strict=True):
+            (drop, entropy, logit, *variances), counts = row[: self.COUNTS], row[self.COUNTS :]
             load = [count / max(1, sum(counts)) for count in counts]
             logit_std, noise_std = (variance**0.5 for variance in variances)
             stats.append({"layer": layer, "load": load, "drop_frac": drop, "entropy": entropy, "max_logit": logit,

@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from muon import Muon, muon_groups
+
 DECAY_PART = 0.2  # of the run, for wsd without --decay_steps
 
 
@@ -44,6 +46,9 @@ def build_optimizer(model, args):
     held = [p for group in groups for p in group["params"]]
     if {id(p) for p in held} != {id(p) for p in model.parameters()} or len(held) != len(list(model.parameters())):
         raise RuntimeError("the optimizer groups do not hold exactly the model's parameters")
+    if args.optimizer == "muon":
+        groups = muon_groups(model, groups, args.muon_lr / args.max_lr)
+        return Muon(groups, lr=args.max_lr, betas=(args.beta1, args.beta2), eps=1e-8)
     if args.optimizer == "adafactor":
         return torch.optim.Adafactor(groups, lr=args.max_lr)
     return torch.optim.AdamW(groups, lr=args.max_lr, betas=(args.beta1, args.beta2), eps=1e-8, fused=True)

@@ -44,13 +44,13 @@ TRAINER = Path(__file__).resolve().parent / "train_single_gpu.py"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The variants: the one table of names, settings and looks. A variant is its settings on top of the published values
-# (identity.PUBLISHED) of all MoE settings, whatever the defaults in train_single_gpu.Args are.
+# (identity.PUBLISHED) of all MoE settings and of MLP_INIT, whatever the defaults in train_single_gpu.Args are.
 
 
 class Variant(NamedTuple):
     name: str
     label: str
-    colour: str  # told apart by colour-blind readers (Paul Tol's bright and muted sets) ...
+    colour: str  # told apart by colour-blind readers (sets of Paul Tol, Okabe and Ito) ...
     line: str  # ... and, together with the marker, in grey
     marker: str
     settings: dict
@@ -65,6 +65,10 @@ SWITCH_ROUTER = {"top_k": 1, "gate": "softmax"} | AUX
 ALL_TRICKS = NOISY | AUX | Z | FULL_PREC | SWITCH_INIT
 SMALL_INIT = ALL_TRICKS | {"switch_tfm_init_scale": 0.1}
 ONE_SHARED = {"n_shared_exp": 1, "top_k": 1, "gate": "softmax"}  # as many active parameters as top 2
+ISO = {"expert_hidden": "iso"}  # as many active parameters as dense, but for the router
+QUANTILE = {"use_quantile_balance": True}
+SWITCH_MLP = {"mlp_init": "switch"}
+MLP_INIT = ("mlp_init", "mlp_init_scale")  # settings of variants that a dense model has too
 
 LADDER = (  # the published ablation: each adds one trick to the one before
     Variant("no_moe", "dense", "#000000", "-", "", {"n_exp": 1}),
@@ -88,43 +92,63 @@ NEW = (
     Variant("shared_expert", "1 shared + 1 of 8", "#0077BB", "-.", "*", ONE_SHARED),
     Variant("sigmoid", "sigmoid gate", "#AA4499", ":", "X", {"gate": "sigmoid"}),
 )
-VARIANTS = {variant.name: variant for variant in LADDER + NEW}
+METHODS = (  # the table of methods in README.md has the papers
+    Variant("half_width", "top 2 of 8, half width", "#E69F00", "-", "o", ISO),
+    Variant("quarter_width", "top 4 of 16, quarter width", "#56B4E9", "--", "s", ISO | {"n_exp": 16, "top_k": 4}),
+    Variant("shared_half_width", "1 shared + 1 of 8, half width", "#009E73", "-.", "^", ISO | ONE_SHARED),
+    Variant("first_dense", "first layer dense", "#0072B2", ":", "D", {"first_dense": 1}),
+    Variant("step_balance", "balance over the step", "#D55E00", "-", "v", AUX | {"balance_scope": "step"}),
+    Variant("sequence_balance", "balance per sequence", "#CC79A7", "--", "P", AUX | {"balance_scope": "sequence"}),
+    Variant("quantile_balance", "quantile balancing", "#CC3311", "-.", "*", QUANTILE),
+    Variant("sigmoid_quantile", "sigmoid gate, quantile bias", "#33BBEE", ":", "X", QUANTILE | {"gate": "sigmoid"}),
+    Variant("frozen_router", "frozen router", "#555555", "-", "x", {"freeze_router": True}),
+    Variant("gate_scale", "gate scale 2.5", "#EE3377", "--", "o", {"gate_scale": 2.5}),
+    Variant("selected_z", "z-loss on selected logits", "#009988", "-.", "s", Z | {"z_loss_on": "selected"}),
+    Variant("noise_scaled", "router noise at 0.4", "#88CCEE", ":", "^", NOISY | {"noise_scale": 0.4}),
+    Variant("switch_mlp", "Switch init of all MLPs", "#DDCC77", "-", "D", SWITCH_MLP),
+    Variant("dense_switch_mlp", "dense, Switch init of MLPs", "#AAAA00", "--", "v", SWITCH_MLP | {"n_exp": 1}),
+)
+VARIANTS = {variant.name: variant for variant in LADDER + NEW + METHODS}
 __doc__ += "\nVariants: " + "\n".join(textwrap.wrap(", ".join(VARIANTS), 110, subsequent_indent="    "))
 
 
 def variant_of(run):
-    """The Variant whose MoE settings a runlog.Run has, or None. Logs without settings are found by their name.
+    """The Variant whose settings a runlog.Run has, or None. Logs without settings are found by their name.
 
-    The number of experts, and every setting that no variant sets, may be any.
+    Compared are n_exp 1 or more and compared_settings(); the number of experts and every other setting may be any.
     """
     if run.settings is None:
         return by_log_name().get(run.name)
-    if run.settings.get("n_exp", PUBLISHED["n_exp"]) == 1:
-        return VARIANTS["no_moe"]
-    published = published_moe_settings()
-    mine = {name: run.settings.get(name, value) for name, value in published.items()}
+    dense = is_dense(run.settings)
+    mine = {name: run.settings.get(name, value) for name, value in compared_settings(dense).items()}
     for variant in VARIANTS.values():
-        if variant.name != "no_moe" and mine == published | variant.settings:
+        wanted = {name: value for name, value in variant.settings.items() if name != "n_exp"}
+        if is_dense(variant.settings) == dense and mine == compared_settings(dense) | wanted:
             return variant
     return None
 
 
+def is_dense(settings):
+    return settings.get("n_exp", PUBLISHED["n_exp"]) == 1
+
+
 def look_of(run):
-    """The Variant of a run; for one that is not in the table, a grey one labelled with its unpublished MoE settings."""
+    """The Variant of a run; for one that is not in the table, a grey one labelled with its unpublished settings."""
     if found := variant_of(run):
         return found
     label = run.name.replace("_", " ")
     if run.settings is not None:
-        published = published_moe_settings()
+        published = compared_settings(dense := is_dense(run.settings))
         differs = {name: value for name, value in run.settings.items() if value != published.get(name, value)}
-        label = ", ".join(["MoE", *(identity.name_part(*pair).replace("_", " ") for pair in differs.items())])
+        words = [identity.name_part(*pair).replace("_", " ") for pair in differs.items()]
+        label = ", ".join(["dense" if dense else "MoE", *words])
     return Variant(run.name, label, "#777777", "-", "", {})
 
 
-def published_moe_settings():
-    """{name: published value} of the settings that only a MoE has; the default for one that is not in the table."""
-    names = train_single_gpu.Args.moe_fields()
-    return {name: PUBLISHED.get(name, getattr(train_single_gpu.Args, name)) for name in names}
+def compared_settings(dense=False):
+    """{name: neutral value} of MLP_INIT and, but for a dense model, of the settings that only a MoE has."""
+    args = train_single_gpu.Args()
+    return {name: identity.neutral(args, name) for name in (*MLP_INIT, *(() if dense else args.moe_fields()))}
 
 
 @functools.cache
@@ -220,10 +244,9 @@ def make_job(args, name, seed, flags):
 
 
 def edited_settings(name):
-    """The published values of MoE settings whose default in train_single_gpu.Args is another one."""
-    if name == "no_moe":
-        return {}
-    published = {"n_exp": PUBLISHED["n_exp"], **published_moe_settings()}
+    """The published values of a variant's settings whose default in train_single_gpu.Args is another one."""
+    dense = is_dense(VARIANTS[name].settings)
+    published = compared_settings(dense) | ({} if dense else {"n_exp": PUBLISHED["n_exp"]})
     return {name: value for name, value in published.items() if value != getattr(train_single_gpu.Args, name)}
 
 

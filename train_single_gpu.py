@@ -17,7 +17,6 @@ or sampling in between draw the same numbers. On CUDA sums by atomics may differ
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import time
 from dataclasses import dataclass
@@ -31,7 +30,6 @@ from common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import hellaswag
@@ -84,7 +82,8 @@ class Args(GPTConfig):
     schedule: Literal["cosine", "wsd"] = "cosine"  # Learning rate after the warmup; wsd: constant, then 1 - sqrt
     decay_steps: Positive | None = None  # Steps of the decay of wsd (default: a fifth of max_steps)
     max_minutes: Changeable[FiniteAboveZero | None] = None  # Minutes of training at which a run ends; sets the schedule
-    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: little state, max_lr relative to a weight's size
+    optimizer: Literal["adamw", "muon", "adafactor"] = "adamw"  # muon: hidden matrices; adafactor: rates by weight size
+    muon_lr: FiniteAboveZero = 0.02  # Peak learning rate of Muon's matrices; all other weights have max_lr
     router_lr_scale: FiniteAboveZero = 1.0  # Factor on the router's learning rate
     router_weight_decay: Rate | None = None  # Decay of the router's weights (default: weight_decay)
     weight_decay: Changeable[Rate] = 0.1  # Decay of weights, not of biases and norms
@@ -433,7 +432,11 @@ def check_args(args, world_size):
     if args.fsdp and world_size == 1:
         raise UserError("--fsdp shards over ranks: start with torchrun --nproc_per_node=N, or leave it out")
     if args.fsdp and args.optimizer != "adamw":
-        raise UserError(f"--fsdp needs --optimizer adamw: the state of {args.optimizer} has no parameter's shape")
+        raise UserError(f"--fsdp needs --optimizer adamw: {args.optimizer} needs whole parameters")
+    if args.muon_lr != identity.PUBLISHED["muon_lr"] and args.optimizer != "muon":
+        raise UserError(f"--muon_lr {args.muon_lr} belongs to --optimizer muon: pass that, or leave it out")
+    if args.optimizer == "muon" and not args.max_lr:
+        raise UserError("--optimizer muon needs a --max_lr above 0: the schedule is relative to it")
     if args.name:
         identity.run_stem(args.name, "0", args.seed)
     if args.run_id:
@@ -470,7 +473,7 @@ def set_up(args, machine, stem, log_path, folder, console):
     raw_model = common.together(lambda: build_model(args, machine, brief), machine)
     loader, val_loader = common.together(lambda: make_loaders(args, machine, raw_model), machine)
     tokenizer = get_tokenizer(loader.tokenizer)
-    model = parallelize(raw_model, args, machine)
+    model = common.parallelize(raw_model, args, machine)
     optimizer = optim.build_optimizer(raw_model, args)
     progress = Progress(**brief["progress"]) if brief else Progress()
     if brief:
@@ -494,7 +497,7 @@ def set_up(args, machine, stem, log_path, folder, console):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model, optimizer, data
+# Model and data
 
 
 def build_model(args, machine, state):
@@ -516,32 +519,6 @@ def build_model(args, machine, state):
     for name in SHAPE:  # as it is, for the record
         setattr(args, name, getattr(model.config, name))
     return model.to(machine.device)
-
-
-def parallelize(model, args, machine):
-    """Compile the model and wrap it in DDP or FSDP; parameters are shared with `model`."""
-    if args.fsdp:
-        return shard(model)
-    if args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu):
-        model = torch.compile(model)
-    if machine.world_size == 1:
-        return model
-    # Buffers are statistics and the balance bias, which every rank computes alike.
-    known = inspect.signature(DistributedDataParallel).parameters
-    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{no_sync: False})
-
-
-def shard(model):
-    """FSDP of a GPT in place: one group of parameters per block and one for the rest. Every rank calls it."""
-    from torch.distributed import device_mesh, fsdp  # here: a second to import, and few runs want it
-
-    mesh = device_mesh.init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-    for block in model.transformer.h:
-        fsdp.fully_shard(block, mesh=mesh)
-    fsdp.fully_shard(model, mesh=mesh)
-    fsdp.register_fsdp_forward_method(model, "hidden_states")  # HellaSwag and sampling call it without forward()
-    return model
 
 
 def make_loaders(args, machine, model):

@@ -35,7 +35,7 @@ def new_inputs(moe, tokens, dtype, round_number):
         routing = moe.router(x_TD)
         plan = kernels.sort_by_expert(routing.expert_TK, moe.config.n_exp)
         x_ND = x_TD[plan.pair_N % tokens]
-        h_NF = torch.randn(len(x_ND), moe.config.hidden, device=device).to(dtype)
+        h_NF = torch.randn(len(x_ND), moe.config.hidden_of_expert, device=device).to(dtype)
         y_ND = torch.randn(len(x_ND), D, device=device).to(dtype)
     for leaf in (x_TD, routing.gate_TK, x_ND, h_NF, y_ND):
         leaf.requires_grad_()
@@ -81,7 +81,10 @@ class Impl(NamedTuple):
 def implementations(moe, dtype):
     """For each part the model's implementation first, then others."""
     E = moe.config.n_exp
-    mlp = MLP(moe.config, moe.config.hidden, dropout=0.0).to(moe.experts.c_fc.device)
+    mlp, one_expert = (
+        MLP(moe.config, width, dropout=0.0).to(moe.experts.c_fc.device)
+        for width in (moe.config.hidden, moe.config.hidden_of_expert)
+    )
     weight = moe.experts.c_fc.detach().to(dtype).requires_grad_()
     bias = moe.experts.fc_bias.detach().squeeze(1).to(dtype)
     flat = weight.detach()[0].t().contiguous().requires_grad_()
@@ -104,7 +107,7 @@ def implementations(moe, dtype):
         Impl("combine", "by scatter", combine_by_scatter, lambda i: [i.y_ND, i.gate_TK]),
         Impl("experts", "ours", lambda i: moe.experts(i.x_ND, i.plan.ends_E),
              lambda i: [i.x_ND, *moe.experts.parameters()]),
-        Impl("experts", "one dense MLP", lambda i: mlp(i.x_ND), lambda i: [i.x_ND, *mlp.parameters()]),
+        Impl("experts", "one dense MLP", lambda i: one_expert(i.x_ND), lambda i: [i.x_ND, *one_expert.parameters()]),
         Impl("layer", "ours", lambda i: moe(i.x_TD[None])[0][0], lambda i: [i.x_TD, *moe.parameters()]),
         Impl("layer", "one dense MLP", lambda i: mlp(i.x_TD), lambda i: [i.x_TD, *mlp.parameters()]),
     ]  # fmt: skip
@@ -125,7 +128,7 @@ def run_impl(impl, dtype, inputs, mark):
 
 def forward_costs(moe, dtype, tokens):
     """{part: (GB it must move at least, GFLOP)} of a forward; a backward moves and computes about twice that."""
-    E, D, H = moe.config.n_exp, moe.config.n_embd, moe.config.hidden
+    E, D, H = moe.config.n_exp, moe.config.n_embd, moe.config.hidden_of_expert
     N = tokens * moe.config.top_k
     width, product = torch.finfo(dtype).bits / 8e9, 2 * N * D * H / 1e9
     gather, rows = (tokens + N) * D * width, (N * (D + H) + E * D * H) * width

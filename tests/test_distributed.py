@@ -27,6 +27,7 @@ VARIANTS = {
     "balance": {"use_bias_balance": True, "gate": "sigmoid"},
     "shared": {"n_shared_exp": 1},
     "dropless": {"train_capacity": math.inf},
+    "muon": {"optimizer": "muon"},
     "noisy": {"use_noisy_top_k": True, "dropout": 0.1},  # noise belongs to the micro-batch, so even this agrees
 }
 SETTINGS = TINY_RUN | {"n_embd": 16, "B": 2, "max_steps": 20, "val_loss_steps": 3, "progress": "lines"}
@@ -111,12 +112,12 @@ def test_ranks_end_without_shutting_python_down(shards, tmp_path):
 
 MEMORY = """
 import sys; sys.path.insert(0, sys.argv[1])
-import torch, torch.distributed as dist, common, train_single_gpu as trainer
+import torch, torch.distributed as dist, common
 from model import GPT, GPTConfig
 dist.init_process_group("gloo")
 model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, n_exp=64, stride=1))
 total = sum(p.numel() for p in model.parameters())
-trainer.shard(model)
+common.shard(model)
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 idx = torch.arange(64).view(2, 32)
 model(idx, idx).loss.backward()

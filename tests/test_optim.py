@@ -83,6 +83,7 @@ def test_one_stable_run_decays_from_two_of_its_checkpoints(train):
 @pytest.mark.parametrize("wrong, said", [
     ({"decay_steps": 5}, "--schedule wsd"), ({"schedule": "wsd", "decay_steps": 11}, "more than --max_steps 10"),
     ({"schedule": "wsd", "decay_steps": 5, "max_minutes": 1.0}, "leave one out"), ({"max_minutes": 0.0}, "max_minutes"),
+    ({"muon_lr": 0.01}, "--optimizer muon"), ({"optimizer": "muon", "max_lr": 0.0}, "--max_lr above 0"),
     ({"router_lr_scale": 0.0}, "router_lr_scale"), ({"router_weight_decay": -1.0}, "router_weight_decay"),
 ])  # fmt: skip
 def test_settings_that_contradict_each_other(wrong, said, train):

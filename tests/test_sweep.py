@@ -115,10 +115,10 @@ def write_run(job, lines, **settings):
 
 
 def test_every_variant_has_its_own_log_name_colour_and_look():
-    assert len(sweep.by_log_name()) == len(sweep.VARIANTS) == len(sweep.LADDER + sweep.NEW)
+    assert len(sweep.by_log_name()) == len(sweep.VARIANTS) == len(sweep.LADDER + sweep.NEW + sweep.METHODS)
     assert len({variant.colour for variant in sweep.VARIANTS.values()}) == len(sweep.VARIANTS)
-    assert len({(variant.line, variant.marker) for variant in sweep.LADDER}) == len(sweep.LADDER)
-    assert len({(variant.line, variant.marker) for variant in sweep.NEW}) == len(sweep.NEW)
+    for table in (sweep.LADDER, sweep.NEW, sweep.METHODS):
+        assert len({(variant.line, variant.marker) for variant in table}) == len(table)
 
 
 def run_with(settings, name="any name"):
@@ -130,25 +130,30 @@ def run_with(settings, name="any name"):
 def test_a_runs_variant_is_found_by_its_settings(name, defaults, request):
     if defaults == "edited":
         request.getfixturevalue("edited")
-    flags = [] if name == "no_moe" else ["--n_exp", "4"]  # how many there are makes no other variant
+    dense = sweep.is_dense(sweep.VARIANTS[name].settings)
+    flags = [] if dense else ["--n_exp", "4"]  # how many there are makes no other variant
     flags += ["--n_embd", "72", "--max_lr", "0.1", "--aux_loss_weight", "0.01"]
     (job,) = make_jobs("--variants", name, "--seeds", "1", "--", *flags)
     settings = identity.counted_settings(job.args)
     assert sweep.variant_of(run_with(settings)).name == name
-    for other in ({"top_k": 3}, {"stride": 1}, {"aux_loss_weight": 1.0}, {"balance_scope": "step"}):
+    for other in ({"top_k": 3}, {"stride": 1}, {"aux_loss_weight": 1.0}, {"bias_balance_rate": 0.1}):
         found = sweep.variant_of(run_with(settings | other))
-        assert (found.name if found else None) == ("no_moe" if name == "no_moe" else None)
+        assert (found.name if found else None) == (name if dense else None)
+    assert sweep.variant_of(run_with(settings | {"mlp_init_scale": 0.1})) is None
+    assert sweep.variant_of(run_with(settings | {"qk_norm": True})).name == name
 
 
 def test_a_run_that_is_no_variant_is_labelled_with_its_settings():
     (job,) = make_jobs("--variants", "aux_only", "--seeds", "1", "--", "--stride", "1", "--n_layer", "2")
     run = run_with(identity.counted_settings(job.args))
     assert sweep.look_of(run).label == "MoE, stride 1, aux loss" and sweep.look_of(run).name == run.name
+    run = run_with({"n_exp": 1, "mlp_init": "switch_fc"})
+    assert sweep.look_of(run).label == "dense, mlp init switch-fc"
 
 
 def test_the_variants_of_runs_from_before_identities_are_known(edited):
     runs = runlog.load_runs(ROOT / "results/cpu_small")
-    assert {sweep.variant_of(run).name for run in runs} == set(sweep.VARIANTS)
+    assert {sweep.variant_of(run).name for run in runs} == {variant.name for variant in sweep.LADDER + sweep.NEW}
     labels = {sweep.look_of(run).label for run in runlog.load_runs(ROOT / "results/cpu_small_lr_0.016")}
     assert "MoE, aux loss, router z loss, router full prec" in labels and len(labels) == 10
 
@@ -175,10 +180,17 @@ def test_published_names_are_known():
     assert {sweep.variant_of(run).name for run in runs} == {variant.name for variant in sweep.LADDER}
 
 
-def test_equal_active_parameters_of_the_shared_expert():
-    settings = [sweep.VARIANTS[name].settings for name in ("only_moe", "shared_expert")]
-    two_routed, one_shared = (sweep.flops_per_token(train_single_gpu.Args(**fields)) for fields in settings)
-    assert two_routed == one_shared
+def flops(name, **settings):
+    return sweep.flops_per_token(train_single_gpu.Args(**{"n_exp": 8} | sweep.VARIANTS[name].settings | settings))
+
+
+def test_variants_of_equal_flops():
+    """But for the routers: 6 FLOPs per weight, 6 layers of 768 x n_exp weights, and the biases of narrow experts."""
+    assert flops("only_moe") == flops("shared_expert")
+    router, output_bias = 6 * 6 * 768 * 8, 6 * 6 * 768
+    assert flops("half_width") == flops("no_moe") + router + output_bias
+    assert flops("shared_half_width") == flops("half_width")
+    assert flops("quarter_width") == flops("no_moe") + 2 * router + 3 * output_bias
 
 
 # ---- errors before anything starts
@@ -189,8 +201,9 @@ def test_dry_run(call, tmp_path):
     out, error = call("--dry_run", "--tok_per_sec", "1e6", "--jobs", "2", "--", "--max_steps", "5000")
     assert error is None
     commands = [line for line in out.splitlines() if "train_single_gpu.py" in line]
-    assert len(commands) == 18 * 3 and all("--max_steps 5000" in line and "--resume auto" in line for line in commands)
-    tokens = 18 * 3 * 5000 * 524_288
+    n_runs = 3 * len(sweep.VARIANTS)
+    assert len(commands) == n_runs and all("--max_steps 5000" in line and "--resume auto" in line for line in commands)
+    tokens = n_runs * 5000 * 524_288
     assert f"{tokens:9.3g}" in out and f"{tokens / 1e6 / 3600 / 2:.2f} hours on the clock with 2 at once" in out
     dense = next(line for line in out.splitlines() if line.startswith("no_moe"))
     assert math.isclose(float(dense.split()[5]), 5000 * 524_288 * 855e6, rel_tol=0.01)  # 855 MFLOP per token

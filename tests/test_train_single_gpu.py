@@ -168,7 +168,8 @@ GOLDEN = {  # every fourth train loss, then val at 0, 10, 20
 
 @pytest.mark.parametrize("settings", [
     {"n_exp": 1}, {"n_exp": 4}, {"n_exp": 4, "top_k": 1, "gate": "softmax"}, {"dtype": "bfloat16"},
-    {"optimizer": "adafactor", "max_lr": 0.3}, {"use_bias_balance": True}, {"init_from": "scratch", "dropout": 0.1},
+    {"optimizer": "adafactor", "max_lr": 0.3}, {"optimizer": "muon"}, {"use_bias_balance": True},
+    {"use_quantile_balance": True}, {"init_from": "scratch", "dropout": 0.1},
 ], ids=str)  # fmt: skip
 def test_loss_falls(train, settings):
     _, streams = train(**{"max_steps": 60, "max_lr": 1e-2} | settings)
@@ -277,7 +278,7 @@ def test_same_seed_same_log_and_evaluation_leaves_no_trace(train):
 
 @pytest.mark.parametrize("settings", [
     NOISY | {"dropout": 0.1}, {"n_exp": 1}, {"use_bias_balance": True, "sample_from_model_every": 3},
-    {"optimizer": "adafactor"},
+    {"optimizer": "adafactor"}, {"optimizer": "muon", "use_aux_loss": True},
 ], ids=str)  # fmt: skip
 def test_a_resumed_run_is_the_run_left_alone(train, settings):
     settings = settings | {"save_checkpoint_every": 3, "keep_checkpoints": 9}
