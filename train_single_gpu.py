@@ -41,7 +41,7 @@ import sample
 from dataloader import DataLoader
 from identity import SHAPE, Changeable, Uncounted
 from model import GPT, MODEL_FIELDS, GPTConfig
-from tokenizer import get_tokenizer
+from tokenizer import get_tokenizer, token_bytes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. Edit them here, or override them on the command line.
@@ -293,7 +293,8 @@ def evaluate(run):
     """Validation, HellaSwag and samples, as far as they are due at this step."""
     args, step, streams = run.args, run.progress.step, {}
     if due(run, args.val_loss_every):
-        streams["val"] = mean_loss(run.raw_model, run.val_loader, args.val_loss_steps, run.machine, run.console)
+        found = validate(run.raw_model, run.val_loader, args.val_loss_steps, run.machine, run.console)
+        streams |= logger.val_streams(found)
     every = args.val_loss_every if args.hellaswag_every is None else args.hellaswag_every
     if run.examples is not None and due(run, every):
         rank, world_size = run.machine.eval_share
@@ -301,10 +302,11 @@ def evaluate(run):
         result = hellaswag.evaluate(
             run.raw_model, run.examples, run.machine.device, rank=rank, world_size=world_size, progress=progress
         )
-        streams["hella"] = result.acc_norm
+        streams |= {"hella": result.acc_norm, "hella_bpb": result.bpb}
     if streams:
         run.log.write(step, streams)
-        run.console.say(f"step {step:6d} | " + " | ".join(f"{name} {value:.4f}" for name, value in streams.items()))
+        shown = [f"{name} {streams[name]:.4f}" for name in runlog.WHOLE if name in streams]
+        run.console.say(f"step {step:6d} | " + " | ".join(shown))
     if due(run, args.sample_from_model_every) and step > 0:
         try:
             texts = sample.continue_prompt(
@@ -316,23 +318,36 @@ def evaluate(run):
             run.console.say(f"step {step} sample {i}: {text!r}")
 
 
+class Validation(NamedTuple):
+    loss: float  # cross-entropy, nats per token
+    bpb: float  # the same in bits per byte of text; nan without any text
+    router: list  # dicts, GPT.router_stats of all batches; max_logit is a mean here
+
+
 @torch.no_grad()
-def mean_loss(model, loader, steps, machine, console):
-    """Cross-entropy, nats per token, in eval mode, over the first `steps` batches of the loader's split."""
+def validate(model, loader, steps, machine, console):
+    """Validation, in eval mode, over the first `steps` batches of the loader's split. One transfer to the host."""
     was_training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
-    rank, world_size = machine.eval_share
+    layers, columns = len(model.moe_layers()), GPT.COUNTS + model.config.n_exp
+    lengths = torch.tensor(token_bytes(loader.tokenizer, loader.vocab_size), dtype=torch.float32, device=machine.device)
+    rows, (rank, world_size) = [], machine.eval_share
     for i in console.bar_over(range(rank, steps, world_size), loader.split):
         x, y = loader.batch_at(i)
         with machine.autocast():
-            total += torch.tensor([model(x, y).ce_loss.item(), 1.0], dtype=torch.float64)
+            loss = model(x, y).ce_loss
+        table = [model.router_table()[:, :columns].flatten()] if layers else []
+        rows.append(torch.cat([torch.stack([loss, lengths[y].sum(), torch.ones_like(loss)]), *table]))
     model.train(was_training)
+    sums = torch.zeros(3 + layers * columns, dtype=torch.float64)
+    sums += torch.stack(rows).cpu().double().sum(0) if rows else 0
     if machine.world_size > 1:
-        total = total.to(machine.device)
-        dist.all_reduce(total)
-    loss, batches = total.tolist()
-    return loss / batches
+        sums = sums.to(machine.device)
+        dist.all_reduce(sums)
+    (loss, n_bytes, batches), table = sums[:3].tolist(), sums[3:].view(layers, columns)
+    table[:, : GPT.COUNTS] /= batches
+    bits = loss / math.log(2) * loader.B * loader.T
+    return Validation(loss / batches, bits / n_bytes if n_bytes else math.nan, model.router_stats(table))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -532,11 +547,10 @@ def evaluate_only(args, machine):
     else:
         model = build_model(args, machine, None)
     for loader in make_loaders(args, machine, model):
-        loss = mean_loss(model, loader, args.val_loss_steps, machine, console)
+        loss, bpb, _ = validate(model, loader, args.val_loss_steps, machine, console)
         tokens = loader.tokens_in(args.val_loss_steps)
-        console.say(
-            f"{loader.split} loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f} ({tokens:,} tokens)"
-        )
+        measures = f"{loss:.4f} nats per token, {bpb:.4f} bits per byte, perplexity {math.exp(loss):.2f}"
+        console.say(f"{loader.split} loss {measures} ({tokens:,} tokens)")
     return common.DONE
 
 

@@ -52,7 +52,9 @@ def test_n_processes_make_the_run_of_one(n, alone, shards, tmp_path):
     runs = [{"name": name, "data_root": str(shards)} | variant for name, variant in VARIANTS.items()]
     together = launch(n, tmp_path, runs)
     for name in VARIANTS:
-        for stream in ("train", "val", "grad_norm", *(["aux_loss"] if name == "aux" else [])):
+        balance = [f"{split}{stat}_0" for split in ("", "val_") for stat in ("max_vio", "drop_frac", "logit_std")]
+        more = {"aux": ["aux_loss", "val_bpb", *balance], "noisy": ["noise_std_0", *balance]}.get(name, [])
+        for stream in ("train", "val", "grad_norm", *more):
             np.testing.assert_allclose(
                 together[name][stream][1], alone[name][stream][1], rtol=1e-5, atol=2e-6, err_msg=f"{name} {stream}"
             )
