@@ -62,7 +62,7 @@ def sign_step(bias_E, count_E, rate):
 
 
 def margins(scores_TE, bias_E, top_k):
-    """r_TE = alpha_T - s_TE: the bias above which expert e is chosen for token t.
+    """r_TE = alpha_T - s_TE: the bias above which token t chooses expert e while alpha_T stays.
 
     alpha_T is the (K+1)-th largest biased score of the token: the largest that is not chosen.
     """

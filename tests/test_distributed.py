@@ -28,6 +28,11 @@ VARIANTS = {
     "shared": {"n_shared_exp": 1},
     "dropless": {"train_capacity": math.inf},
     "noisy": {"use_noisy_top_k": True, "dropout": 0.1},  # noise belongs to the micro-batch, so even this agrees
+    "narrow": {"n_exp": 8, "top_k": 4, "expert_hidden": "iso", "use_aux_loss": True, "gate_scale": 2.5},
+    "quantile": {"use_quantile_balance": True, "gate": "sigmoid", "n_shared_exp": 1, "shared_expert_hidden": 24},
+    "sequence": {"use_aux_loss": True, "balance_scope": "sequence", "use_router_z_loss": True, "z_loss_on": "selected"},
+    "frozen": {"freeze_router": True, "first_dense": 1, "use_noisy_top_k": True, "noise_scale": 0.4},
+    "stability": {"n_exp": 1, "qk_norm": True, "output_z_loss_weight": 1e-2, "mlp_init": "switch"},
 }
 SETTINGS = TINY_RUN | {"n_embd": 16, "B": 2, "max_steps": 20, "val_loss_steps": 3, "progress": "lines"}
 
@@ -53,7 +58,8 @@ def test_n_processes_make_the_run_of_one(n, alone, shards, tmp_path):
     together = launch(n, tmp_path, runs)
     for name in VARIANTS:
         balance = [f"{split}{stat}_0" for split in ("", "val_") for stat in ("max_vio", "drop_frac", "logit_std")]
-        more = {"aux": ["aux_loss", "val_bpb", *balance], "noisy": ["noise_std_0", *balance]}.get(name, [])
+        more = {"aux": ["val_bpb", *balance], "noisy": ["noise_std_0", *balance]}.get(name, [])
+        more += {"aux_loss", "z_loss", "output_z_loss"} & set(alone[name])
         for stream in ("train", "val", "grad_norm", *more):
             np.testing.assert_allclose(
                 together[name][stream][1], alone[name][stream][1], rtol=1e-5, atol=2e-6, err_msg=f"{name} {stream}"
@@ -78,7 +84,8 @@ def test_a_checkpoint_of_two_ranks_continues_on_one_and_sharded(alone, shards, t
 
 def test_sharded_ranks_make_the_run_of_one_and_hold_their_part(alone, shards, tmp_path):
     runs = [
-        {"name": name, "data_root": str(shards), "fsdp": True} | VARIANTS[name] for name in ("no_moe", "aux", "balance")
+        {"name": name, "data_root": str(shards), "fsdp": True} | VARIANTS[name]
+        for name in ("no_moe", "aux", "balance", "narrow", "quantile", "frozen", "stability")
     ]
     together = launch(2, tmp_path, runs)
     for name, streams in together.items():

@@ -391,7 +391,15 @@ def test_settings_without_effect_are_named(train, capsys):
 
 def test_parameters_are_counted_without_building_the_model():
     tricks = {"n_exp": 3, "stride": 1, "n_shared_exp": 2, "use_noisy_top_k": True}
-    for settings in ({}, {"n_exp": 4}, tricks, {"n_exp": 4, "bias": False}):
+    narrow = {"n_exp": 8, "expert_hidden": "iso", "first_dense": 1, "stride": 2, "qk_norm": True}
+    shared = {
+        "n_exp": 4,
+        "expert_hidden": 7,
+        "n_shared_exp": 2,
+        "shared_expert_hidden": 5,
+        "use_quantile_balance": True,
+    }
+    for settings in ({}, {"n_exp": 4}, tricks, {"n_exp": 4, "bias": False}, narrow, shared):
         config = GPTConfig(n_layer=3, n_embd=16, n_head=2, block_size=8, vocab_size=50, **settings)
         assert logger.count_params(config) == sum(p.numel() for p in GPT(config).parameters())
 
