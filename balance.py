@@ -14,7 +14,7 @@ step, by sums over the micro-batches and ranks of the step, so that N ranks move
     quantile      J. Su; Kimi K3; torchtitan, Megatron: to the value with which each expert takes the fraction K / E of
                   the step's tokens. No rate and no weight.
 
-Suffixes as in model.py: T tokens, E experts, K choices per token, B sequences; M bins of a histogram.
+Suffixes as in moe.py: T tokens, E experts, K choices per token, B sequences; M bins of a histogram.
 """
 
 import torch

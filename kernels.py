@@ -3,7 +3,7 @@
 Each docstring begins with the value that is computed and names its plain reference in tests/test_kernels.py, which
 checks outputs and all gradients.
 
-Suffixes name shapes as in model.py: T tokens, E experts, K choices per token, N = T*K pairs; here D is the width of the
+Suffixes name shapes as in moe.py: T tokens, E experts, K choices per token, N = T*K pairs; here D is the width of the
 input, F of the output, V the vocabulary. A pair is one choice of one token; pair n = k*T + t is choice k of token t.
 """
 

@@ -25,7 +25,7 @@ versions and FLOPs per token of the run. The streams:
         val_logit_std_{layer}     standard deviation of the router logits
     of the update numbered s, at every step
         train                     cross-entropy, nats per token, mean over the step's batch
-        aux_loss, z_loss, ...     router losses that are on (ROUTER_LOSSES in model.py), unweighted, sum over layers
+        aux_loss, z_loss, ...     router losses that are on (ROUTER_LOSSES in moe.py), unweighted, sum over layers
         output_z_loss             mean squared logsumexp of the output logits, where it is on
         lr, grad_norm             learning rate; norm of the gradient before clipping
         max_vio                   load of the busiest expert / mean load - 1, mean over layers; 0 is balanced

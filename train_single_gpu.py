@@ -49,7 +49,8 @@ from tokenizer import get_tokenizer, token_bytes
 
 @dataclass
 class Args(GPTConfig):
-    """Settings of a training run: those below, and every setting of the model (GPTConfig in model.py).
+    """Settings of a training run: those below, and every setting of the model (GPTConfig in model.py
+    and MoESettings in moe.py).
 
     To change a default of the model or of its mixture of experts (top_k, stride, gate, use_aux_loss, use_noisy_top_k,
     train_capacity, ...), write the field here with its new value, as n_exp does. `Changeable` settings may change when
