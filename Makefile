@@ -1,4 +1,4 @@
-# make demo | test | lint | figures | bench: each sets up what it needs in .venv.
+# make demo | test | test-eval | lint | figures | bench: each sets up what it needs in .venv.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -8,6 +8,9 @@ demo: .venv/run
 
 test: lint
 	$(RUN) -m pytest -n 2
+
+test-eval: .venv/eval
+	$(RUN) -m pytest tests/test_lm_eval.py
 
 lint: .venv/dev
 	.venv/bin/ruff check .
@@ -36,4 +39,8 @@ NEW_ENOUGH := -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null
 	$(RUN) -m pip install --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test lint figures bench
+.venv/eval: .venv/dev requirements-eval.txt
+	.venv/bin/pip install --disable-pip-version-check -r requirements-eval.txt
+	touch $@
+
+.PHONY: demo test test-eval lint figures bench

@@ -1,6 +1,6 @@
-"""Checkpoints: whole or absent on disk, read without executing anything; GPT-2 weights in and out.
+"""Checkpoints: whole or absent on disk, read without executing anything; models from them and from Hugging Face.
 
-    python checkpoint.py --checkpoint checkpoints/RUN --export_hf gpt2_mine    # a folder for transformers' GPT-2
+    python checkpoint.py --checkpoint checkpoints/RUN --export_hf my_model    # a folder for Hugging Face transformers
 
 A checkpoint is `{run folder}/step_{step:06d}.pt`, a dict written by torch.save: format, model, optimizer, loader,
 progress, step, args, config, tokenizer. It is fsynced under a temporary name and renamed, so it is whole when it
@@ -10,32 +10,30 @@ that asks for anything but tensors and plain values is refused.
 Format 2: `model` and `optimizer` are the whole, unsharded state by parameter name, so a run of N ranks, sharded or not,
 continues on M. Format 1 numbers the optimizer's parameters in the order of model.optimizer_groups; it still loads.
 
-Hugging Face's GPT-2 layout is a folder with config.json and model*.safetensors. `init_from` puts the weights of a
-checkpoint, a run folder (its newest checkpoint), such a folder, or a GPT-2 name into a new model, dense or MoE. A dense
-MLP is copied into every expert (sparse upcycling, 2212.05055): with gates that sum to 1 and no token dropped, the MoE
-model computes the dense model's function before its first step.
+`init_from` puts the weights of a checkpoint, a run folder (its newest checkpoint), a Hugging Face folder (hf.py: GPT-2
+or an exported MoE model), or a GPT-2 name into a new model, dense or MoE. A dense MLP is copied into every expert
+(sparse upcycling, 2212.05055): with gates that sum to 1 and no token dropped, the MoE model computes the dense model's
+function before its first step.
 """
 
-import contextlib
 import dataclasses
-import json
 import math
 import re
 import sys
-import urllib.request
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.distributed as dist
 
 import common
+import hf
 from common import TEMP_SUFFIX, UserError, atomic_write
-from model import GPT, GPTConfig
-from tokenizer import get_tokenizer, gpt2_files
+from hf import config_of, export_hf
+from model import GPT
+from tokenizer import get_tokenizer
 
 FORMAT = 2
 
@@ -339,13 +337,15 @@ def from_pretrained(source, generator=None, **overrides):
 
 def tokenizer_of(source):
     """Name of the tokenizer that belongs to the weights of `source`."""
-    return "gpt2" if gpt2_folder(source) else str(read_checkpoint(source, mmap=True)[1].get("tokenizer", "gpt2"))
+    if folder := hf.find_folder(source):
+        return hf.tokenizer_name(folder)
+    return str(read_checkpoint(source, mmap=True)[1].get("tokenizer", "gpt2"))
 
 
 def read_source(source):
     """(name for messages, GPTConfig fields, weights, tokenizer name) of any source that init_from() takes."""
-    if folder := gpt2_folder(source):
-        return source, gpt2_fields(folder), gpt2_weights(folder), "gpt2"
+    if folder := hf.find_folder(source):
+        return source, *hf.read_folder(folder)
     path, state = read_checkpoint(source, ("config", "model"), mmap=True)
     return path, state["config"], state["model"], str(state.get("tokenizer", "gpt2"))
 
@@ -363,14 +363,6 @@ def open_model(checkpoint, init_from, device):
         sizes = f"{model.config.vocab_size} tokens, its tokenizer {tokenizer.name} {tokenizer.vocab_size}"
         raise UserError(f"{name} knows {sizes}: train with --vocab_size {tokenizer.vocab_size} or more")
     return model, tokenizer
-
-
-def config_of(fields, source):
-    """GPTConfig of the dict `fields`; UserError, naming `source`, for values that no model can have."""
-    try:
-        return GPTConfig(**fields)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{source}: no such model: {error}") from None
 
 
 @torch.no_grad()
@@ -483,153 +475,21 @@ def tie_slices(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# GPT-2 in Hugging Face's layout: config.json, model.safetensors
-
-HUB_FILES = ("config.json", "model.safetensors")
-GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # Conv1D: (in, out)
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of old files, not weights
-
-# Settings of config.json that model.py computes; a field left out means GPT-2's value, the first one here.
-GPT2_SETTINGS = {
-    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-}  # fmt: skip
-
-
-def gpt2_folder(source):
-    """Path of the Hugging Face folder that `source` is or names; None for a checkpoint or a run folder."""
-    path = Path(source)
-    if path.exists():
-        return path if (path / "config.json").is_file() else None
-    if str(source) in GPT2_NAMES:
-        return download_gpt2(source)
-    raise UserError(
-        f"no folder {source} and no such file: give a checkpoint (step_*.pt), a run folder, a Hugging Face folder or "
-        f"one of {', '.join(GPT2_NAMES)}"
-    )
-
-
-def download_gpt2(name):
-    """Folder of the Hub's config.json and model.safetensors, downloaded unless they are in its cache."""
-    import huggingface_hub as hub  # slow to import, needed by few runs
-
-    repo = f"openai-community/{name}"
-
-    def fetch(**options):
-        paths = [hub.hf_hub_download(repo, file, **options) for file in HUB_FILES]
-        return Path(paths[0]).parent
-
-    with contextlib.suppress(OSError):
-        return fetch(local_files_only=True)
-    try:
-        # Without a network the library retries for half a minute; this request fails at once.
-        if not hub.constants.HF_HUB_OFFLINE:
-            urllib.request.urlopen(hub.constants.ENDPOINT, timeout=10).close()
-        return fetch()
-    except Exception as error:  # OSError, or an error of the Hub's HTTP library, which depends on the version
-        raise UserError(
-            f"cannot download {name} ({type(error).__name__}): on a machine with a network run `hf download {repo} "
-            f"{' '.join(HUB_FILES)} --local-dir {name}`, copy that folder here and give its path"
-        ) from None
-
-
-def gpt2_fields(folder):
-    """GPTConfig fields, as a dict, of the folder's config.json; UserError for a model that is not GPT-2."""
-    source = f"{folder}/config.json"
-    shape = {"n_positions": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        fields = {name: settings.get(name, value) for name, value in shape.items()}
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{source} does not describe a GPT-2 model: {error}") from None
-    config = config_of({"block_size": fields.pop("n_positions"), **fields}, source)
-    for name, values in {**GPT2_SETTINGS, "n_inner": (None, config.hidden)}.items():
-        if settings.get(name, values[0]) not in values:
-            raise UserError(f"{source}: {name} is {settings[name]!r}; this model has {values[0]!r}")
-    return dataclasses.asdict(config)
-
-
-def gpt2_weights(folder):
-    """The folder's weights as a state dict of GPT. Keys may begin with `transformer.` or not."""
-    files = sorted(folder.glob("model*.safetensors"))  # large models have several
-    if not files:
-        raise UserError(f"no model.safetensors in {folder}; pickled weights (pytorch_model.bin) are not read")
-    weights = {}
-    for file in files:
-        try:
-            tensors = safetensors.torch.load_file(file)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"cannot read {file}: {error}") from None
-        for key, tensor in tensors.items():
-            key = key.removeprefix("transformer.")
-            if key != "lm_head.weight" and not key.endswith(MASKS):
-                weights[f"transformer.{key}"] = tensor.t() if key.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
-    if "transformer.wte.weight" in weights:
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    return weights
-
-
-def export_hf(model, folder, tokenizer_files=None):
-    """Write the dense `model` as a folder that transformers.GPT2LMHeadModel.from_pretrained() loads.
-
-    A model without biases gets zeros for them. tokenizer_files: {name in the folder: path of a file to copy}.
-    """
-    config = model.config
-    if config.n_exp > 1:
-        raise UserError(f"only a dense model has GPT-2's layout; this one has n_exp {config.n_exp}")
-    settings = {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "activation_function": "gelu_new",
-        "vocab_size": config.vocab_size, "n_positions": config.block_size,
-        "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
-        "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "resid_pdrop": config.dropout,
-        **({"bos_token_id": 50256, "eos_token_id": 50256} if config.vocab_size > 50256 else {}),
-    }  # fmt: skip
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        files = {name: Path(path).read_bytes() for name, path in (tokenizer_files or {}).items()}
-        files["model.safetensors"] = safetensors.torch.save(hf_weights(model), metadata={"format": "pt"})
-        files["config.json"] = json.dumps(settings, indent=2).encode()
-        for name, content in files.items():
-            with atomic_write(folder / name) as f:
-                f.write(content)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
-
-
-def hf_weights(model):
-    """State dict of transformers' GPT2LMHeadModel, on the CPU, float32; the tied output projection is left out."""
-    weights = {k: v.detach().float().cpu() for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    for key in list(weights):
-        if key.endswith(TRANSPOSED):
-            weights[key] = weights[key].t().contiguous()
-        if not model.config.bias and (".ln_" in key or key.endswith(TRANSPOSED)):
-            weights[key.removesuffix("weight") + "bias"] = torch.zeros(weights[key].shape[-1])
-    return weights
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Command line
-
-
-TOKENIZER_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}  # as transformers names them, as here
 
 
 @dataclass
 class Args:
     checkpoint: str  # Checkpoint file (step_*.pt), or a run folder (its newest checkpoint)
-    export_hf: str  # Folder to write in Hugging Face's GPT-2 layout
+    export_hf: str  # Folder to write for Hugging Face transformers: new, empty or an earlier export
 
 
 def main():
     args = common.parse(Args)
     model, state = load_model(args.checkpoint)
-    found = gpt2_files() if state.get("tokenizer") == "gpt2" else {}
-    files = {name: found[ours] for name, ours in TOKENIZER_FILES.items() if ours in found}
-    export_hf(model, args.export_hf, files)
-    print(f"{args.export_hf}: GPT-2 layout, {model.num_params():,} parameters, step {state.get('step')}")
+    export_hf(model, args.export_hf, state)
+    kind = "load with trust_remote_code=True" if hf.has_own_class(model) else "GPT-2 layout"
+    print(f"{args.export_hf}: {kind}, {model.num_params():,} parameters, step {state.get('step')}")
 
 
 if __name__ == "__main__":

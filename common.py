@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -94,9 +95,10 @@ def exit_quietly_on_interrupt(kind, error, traceback):
 
 
 sys.excepthook = exit_quietly_on_interrupt
-# Idle OpenMP threads sleep instead of spinning: beside one other busy process spinning costs a factor of 4
-# (results/bench/README.md). Read when torch loads its OpenMP.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Idle OpenMP threads spin briefly, then sleep: beside another busy process long spinning costs several times the step,
+# and no spinning a third of it on an idle machine (results/bench/LOG.md). Read when torch loads GNU's OpenMP.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 class Stop:
@@ -326,7 +328,7 @@ def atomic_write(path, mode="wb"):
 
 def check_writable(folder, flag):
     """UserError when no file can be written into `folder`, which is made."""
-    probe = Path(folder) / ("probe" + TEMP_SUFFIX)
+    probe = Path(folder) / f"probe_{os.getpid()}{TEMP_SUFFIX}"  # two runs may start at once
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(4096))
@@ -442,6 +444,38 @@ def set_up_machine(device, dtype, fsdp=False, timeout_s=600):
     elif not bf16:  # under bf16 the only float32 products left are those of --router_use_full_prec: no TF32 for them
         torch.set_float32_matmul_precision("high")
     return Machine(device, torch.bfloat16 if bf16 else torch.float32, rank, world_size, fsdp)
+
+
+def parallelize(model, args, machine):
+    """Compile the model and wrap it in DDP or FSDP; parameters are shared with `model`."""
+    import torch
+    from torch.nn.parallel import DistributedDataParallel
+
+    if args.fsdp:
+        return shard(model)
+    if args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu):
+        if machine.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+            raise UserError("--compile_on_cpu needs a C++ compiler: install g++, or leave it out")
+        model = torch.compile(model)
+    if machine.world_size == 1:
+        return model
+    # Buffers are statistics and the balance bias, which every rank computes alike.
+    known = inspect.signature(DistributedDataParallel).parameters
+    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{no_sync: False})
+
+
+def shard(model):
+    """FSDP of a GPT in place: one group of parameters per block and one for the rest. Every rank calls it."""
+    import torch.distributed as dist
+    from torch.distributed import device_mesh, fsdp
+
+    mesh = device_mesh.init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+    for block in model.transformer.h:
+        fsdp.fully_shard(block, mesh=mesh)
+    fsdp.fully_shard(model, mesh=mesh)
+    fsdp.register_fsdp_forward_method(model, "hidden_states")  # HellaSwag and sampling call it without forward()
+    return model
 
 
 @contextlib.contextmanager

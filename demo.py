@@ -244,8 +244,8 @@ def main():
     with common.lock(OUT, "wait for it"), replacing(OUT):
         run("fineweb.py", "--stdlib --tokenizer bytes", "--out", shown(SHARDS))
         runs = train_all(jobs, args.steps)
-        run("sample.py", '--prompt "def " --max_new_tokens 300 --temperature 0.7 --device cpu', "--checkpoint",
-            shown(next(OUT.glob("*/step_*.pt"))))  # fmt: skip
+        run("sample.py", '--prompt "class " --max_new_tokens 300 --temperature 0.7 --device cpu', "--seed", args.seed,
+            "--checkpoint", shown(next(OUT.glob("*/step_*.pt"))))  # fmt: skip
         print_table(runs)
         plot(runs, OUT / "demo.png")
     print(f"\nfigure: {shown(OUT / 'demo.png')}; {time.perf_counter() - began:.0f} s in all")

@@ -40,6 +40,7 @@ Changeable = Annotated[T, Role(counts=True, fixed=False)]
 
 # The values of build-gpt2-moe, and neutral values of the settings that are new here. A setting that is missing counts
 # when it is not at its default: a new trick, off by default, leaves names and identities of all other runs as they are.
+# Add it here before its default changes.
 PUBLISHED = {
     "block_size": None, "vocab_size": 50304, "n_layer": 12, "n_head": 12, "n_embd": 768, "bias": True, "dropout": 0.0,
     "n_exp": 8, "top_k": 2, "stride": 2, "use_noisy_top_k": False, "use_aux_loss": False, "use_router_z_loss": False,
@@ -50,6 +51,10 @@ PUBLISHED = {
     "T": 1024, "max_steps": 190_730, "max_lr": 6e-4, "min_lr": None, "warmup_steps": 2000, "optimizer": "adamw",
     "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "grad_clip": 1.0, "on_nonfinite": "stop", "val_loss_every": 250,
     "val_loss_steps": 20, "hellaswag_every": None, "hellaswag_limit": None, "hellaswag_data": "", "dtype": "bfloat16",
+    "mlp_init": "gpt2", "mlp_init_scale": 1.0, "qk_norm": False, "output_z_loss_weight": 0.0, "first_dense": 0,
+    "expert_hidden": None, "shared_expert_hidden": None, "gate_scale": 1.0, "noise_scale": 1.0, "freeze_router": False,
+    "z_loss_on": "all", "use_quantile_balance": False, "schedule": "cosine", "decay_steps": None, "max_minutes": None,
+    "router_lr_scale": 1.0, "router_weight_decay": None, "muon_lr": 0.02,
 }  # fmt: skip
 
 
@@ -176,7 +181,9 @@ def choose_names(args):
 
 NEEDED = ("args", "config", "loader", "progress", "step", "record")  # in a checkpoint to resume, beside the tensors
 SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd", "bias", "block_size")  # fixed by the weights of --init_from
-MAY_BRANCH = ("seed", "max_lr", "min_lr", "warmup_steps", "init_from", "parent")  # fixed, yet free in a new run
+# Fixed in a run, yet free in one that branches off another run's checkpoint.
+MAY_BRANCH = ("seed", "max_lr", "min_lr", "warmup_steps", "schedule", "decay_steps", "router_lr_scale",
+              "router_weight_decay", "muon_lr", "init_from", "parent")  # fmt: skip
 
 
 def read_record(log_path):
@@ -259,21 +266,26 @@ def settle(args, state, stem, log_path, say):
         for name in SHAPE:
             if getattr(args, name) == getattr(type(args), name):
                 setattr(args, name, state["config"][name])
-    record, now = state["record"], settings_of(args)
+    record = state["record"]
+    continues = run_stem(*(state["args"][name] for name in ("name", "run_id", "seed"))) == stem
+    parent = record["settings"].get("parent") if continues else f"{record['identity']}@{state['step']}"
+    if (
+        parent and args.decay_steps and args.max_steps == type(args).max_steps
+    ):  # a branch that decays from where it began
+        args.max_steps = int(parent.split("@")[1]) + args.decay_steps
+    now = settings_of(args) | ({"parent": parent} if parent else {})
     then = record["settings"] | {
         name: value for change in record["changes"] for name, value in change["settings"].items()
     }
-    continues = run_stem(*(state["args"][name] for name in ("name", "run_id", "seed"))) == stem
     if continues:
         check_tied(log_path, state)
-        now["parent"] = then.get("parent")
     pairs = differences(then, now)
     check_fixed(args, pairs, continues)
     for name, (there, here) in pairs.items():
         say(f"--{name} was {there} in the checkpoint and is {here} now")
     if not continues:
         say(f"a new run, from step {state['step']} of {state['args']['name']} {state['args']['run_id']}")
-        return now | {"parent": f"{record['identity']}@{state['step']}"}, []
+        return now, []
     change = [{"step": state["step"], "settings": {name: here for name, (_, here) in pairs.items()}}] if pairs else []
     return record["settings"], record["changes"] + change
 

@@ -366,12 +366,25 @@ def step_streams(args, step, result, progress, lr):
         streams["router_logit"] = max(layer["max_logit"] for layer in router)
         every = args.val_loss_every
         if every > 0 and (step % every == 0 or step == args.max_steps - 1):
+            noise = ["noise_std"] if args.use_noisy_top_k else []
+            streams |= layer_streams(router, ["max_vio", "drop_frac", "logit_std", *noise])
             streams |= {f"load_{layer['layer']}_{e}": load for layer in router for e, load in enumerate(layer["load"])}
     if runlog.is_spike(progress.history, result.ce_loss):
         streams["spike"] = 1
     if not result.applied:
         streams["skipped"] = progress.skipped + 1
     return streams
+
+
+def val_streams(found):
+    """{stream: value} of a train_single_gpu.Validation."""
+    bits = {} if math.isnan(found.bpb) else {"val_bpb": found.bpb}
+    return {"val": found.loss} | bits | layer_streams(found.router, ["max_vio", "drop_frac", "logit_std"], "val_")
+
+
+def layer_streams(router, names, prefix=""):
+    """{stream: value} of some of the statistics, per MoE layer."""
+    return {f"{prefix}{name}_{layer['layer']}": layer[name] for name in names for layer in router}
 
 
 def report_divergence(run, result, position):

@@ -283,6 +283,7 @@ class MLP(nn.Module):
 class Routing(NamedTuple):
     expert_TK: torch.Tensor  # int64, the chosen experts, best first
     gate_TK: torch.Tensor  # float32, their weights
+    clean_TE: torch.Tensor  # float32, logits without noise
     logits_TE: torch.Tensor  # float32, with the noise that was added
     probs_TE: torch.Tensor  # float32, softmax over all experts
     scores_TE: torch.Tensor  # float32, those that the gate ranks by
@@ -311,12 +312,15 @@ class Router(nn.Module):
             return F.linear(at_least_float32(x_TD), at_least_float32(linear.weight))
 
     def logits(self, x_TD):
-        """Router logits (T, E), float32. Shazeer eq. 4, in training: H(x) = x W_g + N(0, 1) * softplus(x W_noise)."""
+        """Router logits (T, E), float32, without and with noise.
+
+        Shazeer eq. 4, in training: H(x) = x W_g + N(0, 1) * softplus(x W_noise).
+        """
         clean_TE = self.product(x_TD, self.w_g)
         if not (self.config.use_noisy_top_k and self.training):
-            return clean_TE
+            return clean_TE, clean_TE
         noise_TE = torch.randn_like(clean_TE) * F.softplus(self.product(x_TD, self.w_noise))
-        return clean_TE + self.config.noise_scale * noise_TE
+        return clean_TE, clean_TE + self.config.noise_scale * noise_TE
 
     def choose(self, logits_TE, scores_TE):
         """Indices (T, K) of the chosen experts, best first.
@@ -327,13 +331,13 @@ class Router(nn.Module):
         return ranked_TE.topk(self.config.top_k, dim=-1).indices
 
     def forward(self, x_TD):
-        logits_TE = self.logits(x_TD)
+        clean_TE, logits_TE = self.logits(x_TD)
         probs_TE = torch.softmax(logits_TE, dim=-1)
         gate = GATES[self.config.gate]
         scores_TE = gate.score(logits_TE, probs_TE)
         expert_TK = self.choose(logits_TE, scores_TE)
         gate_TK = gate.weigh(logits_TE.gather(1, expert_TK), scores_TE.gather(1, expert_TK))
-        return Routing(expert_TK, self.config.gate_scale * gate_TK, logits_TE, probs_TE, scores_TE)
+        return Routing(expert_TK, self.config.gate_scale * gate_TK, clean_TE, logits_TE, probs_TE, scores_TE)
 
 
 class Experts(nn.Module):
@@ -367,7 +371,7 @@ class MoE(nn.Module):
         self.config = config
         # Statistics of the last forward, for the log: they stay on the device until GPT.router_stats() reads them.
         self.register_buffer("count", torch.zeros(config.n_exp), persistent=False)  # choices per expert
-        self.register_buffer("stats", torch.zeros(3), persistent=False)  # dropped fraction, entropy, largest |logit|
+        self.register_buffer("stats", torch.zeros(GPT.COUNTS), persistent=False)  # see record()
         if config.use_quantile_balance:  # histogram of margins per expert
             self.register_buffer("margins", torch.zeros(config.n_exp, balance.BINS), persistent=False)
         if config.balance_scope == "step":  # choices per expert, then tokens: of the step so far, over all ranks
@@ -401,7 +405,8 @@ class MoE(nn.Module):
         y_TD = self.mix(x_TD, routing, plan, capacity)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        self.record(routing, plan, capacity)
+        if not dropless:  # sampling and HellaSwag log nothing of the router
+            self.record(routing, plan, capacity)
         losses = {
             name: loss.formula(self, routing, plan, x.shape[0])
             for name, loss in ROUTER_LOSSES.items()
@@ -411,10 +416,18 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def record(self, routing, plan, capacity):
-        dropped = plan.place_N >= capacity if capacity is not None else torch.zeros_like(plan.place_N)
-        entropy = -(routing.probs_TE * torch.log_softmax(routing.logits_TE, dim=-1)).sum(-1).mean()
+        """Choices per expert; dropped fraction, entropy, largest |logit|, variances of clean logits and of noise.
+
+        Variances are over the experts, mean over the tokens: a part that all experts share moves no choice.
+        """
+        logits_TE, clean_TE, none = routing.logits_TE, routing.clean_TE, self.stats.new_zeros(())
+        dropped = none if capacity is None else (plan.place_N >= capacity).float().mean()
+        entropy = -(routing.probs_TE * torch.log_softmax(logits_TE, dim=-1)).sum(-1).mean()
+        noise_variance = none if logits_TE is clean_TE else (logits_TE - clean_TE).var(-1).mean()
         self.count.copy_(plan.count_E)
-        self.stats.copy_(torch.stack([dropped.float().mean(), entropy, routing.logits_TE.abs().max()]))
+        self.stats.copy_(
+            torch.stack([dropped, entropy, logits_TE.abs().max(), clean_TE.var(-1).mean(), noise_variance])
+        )
         if self.config.use_quantile_balance and self.training:
             margins_TE = balance.margins(routing.scores_TE, self.router.balance_bias, self.config.top_k)
             self.margins.copy_(balance.histogram(margins_TE))
@@ -563,11 +576,11 @@ class GPT(nn.Module):
         """(layer number, MoE) of each MoE layer."""
         return [(layer, block.mlp) for layer, block in enumerate(self.transformer.h) if block.is_moe]
 
-    MAX_LOGIT, COUNTS = 2, 3  # columns of router_table: the largest |logit|, the first of the counts
+    MAX_LOGIT, COUNTS = 2, 5  # columns of router_table: the largest |logit|, the first of the counts
 
     def router_table(self):
-        """Of the last forward, on the device: a row per MoE layer (dropped fraction, entropy, largest |logit|, then the
-        choices per expert and, with quantile balancing, the histograms of margins), float32."""
+        """Of the last forward, dropless ones apart, on the device: a row per MoE layer (the statistics of MoE.record,
+        then the choices per expert and, with quantile balancing, the histograms of margins), float32."""
         layers = [moe for _, moe in self.moe_layers()]
         histograms = [[moe.margins.flatten()] if self.config.use_quantile_balance else [] for moe in layers]
         return torch.stack(
@@ -577,16 +590,19 @@ class GPT(nn.Module):
     def router_stats(self, table=None):
         """A dict per MoE layer, of the last forward or of a table: layer, load (fraction of choices per expert, sums
         to 1), drop_frac (of choices), entropy (nats, mean over tokens, of the softmax over all experts), max_logit
-        (largest |logit|), max_vio (Wang 2024: max load / mean load - 1). Waits for the device."""
+        (largest |logit|), logit_std and noise_std (over experts, of clean logits and noise), max_vio (Wang 2024: max
+        load / mean load - 1). Waits for the device."""
         layers = [layer for layer, _ in self.moe_layers()]
         if not layers:
             return []
         stats = []
         table = (self.router_table() if table is None else table)[:, : self.COUNTS + self.config.n_exp]
         for layer, row in zip(layers, table.tolist(), strict=True):
-            (drop, entropy, logit), counts = row[: self.COUNTS], row[self.COUNTS :]
+            (drop, entropy, logit, *variances), counts = row[: self.COUNTS], row[self.COUNTS :]
             load = [count / max(1, sum(counts)) for count in counts]
+            logit_std, noise_std = (variance**0.5 for variance in variances)
             stats.append({"layer": layer, "load": load, "drop_frac": drop, "entropy": entropy, "max_logit": logit,
+                          "logit_std": logit_std, "noise_std": noise_std,
                           "max_vio": max(load) * len(load) - 1})  # fmt: skip
         return stats
 
@@ -624,11 +640,18 @@ class GPT(nn.Module):
         """Training FLOPs per token, forward and backward, at sequence length T: PaLM (2204.02311) appendix B."""
         return 6 * self.num_active_params() + 12 * self.config.n_layer * self.config.n_embd * T
 
-    def optimizer_groups(self, weight_decay):
-        """Two groups: weights of products and embeddings are decayed, biases (the experts' too) and norms are not."""
-        decayed = {n: p for n, p in self.named_parameters() if not (n.endswith("bias") or ".ln_" in n)}
-        plain = {n: p for n, p in self.named_parameters() if n not in decayed}
-        return [
-            {"params": list(decayed.values()), "weight_decay": weight_decay},
-            {"params": list(plain.values()), "weight_decay": 0.0},
+    def optimizer_groups(self, weight_decay, router_weight_decay=None, router_lr_scale=1.0):
+        """Groups of parameters: weights of products and embeddings are decayed, biases (the experts' too) and norms are
+        not; the router's weights are a group of their own where they differ in decay or rate."""
+        apart = (router_weight_decay, router_lr_scale) != (None, 1.0)
+        params = {"decayed": [], "plain": [], "router": []}
+        for name, p in self.named_parameters():
+            plain = name.endswith("bias") or ".ln_" in name
+            params["plain" if plain else "router" if apart and ".router." in name else "decayed"].append(p)
+        router_decay = weight_decay if router_weight_decay is None else router_weight_decay
+        groups = [
+            {"params": params["decayed"], "weight_decay": weight_decay, "lr_scale": 1.0},
+            {"params": params["plain"], "weight_decay": 0.0, "lr_scale": 1.0},
+            {"params": params["router"], "weight_decay": router_decay, "lr_scale": router_lr_scale},
         ]
+        return [group for group in groups if group["params"]]

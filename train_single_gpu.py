@@ -17,7 +17,6 @@ or sampling in between draw the same numbers. On CUDA sums by atomics may differ
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import time
 from dataclasses import dataclass
@@ -25,24 +24,24 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import common  # before torch
-from common import AboveZero, Fraction, NotNegative, Positive, Rate, Seed, UserError
+from common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, Seed, UserError
 
 # isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import hellaswag
 import identity
 import logger
+import optim
 import runlog
 import sample
 from dataloader import DataLoader
 from identity import SHAPE, Changeable, Uncounted
 from model import GPT, MODEL_FIELDS, GPTConfig
-from tokenizer import get_tokenizer
+from tokenizer import get_tokenizer, token_bytes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. Edit them here, or override them on the command line.
@@ -80,7 +79,13 @@ class Args(GPTConfig):
     max_lr: Rate = 6e-4  # Peak learning rate
     min_lr: Rate | None = None  # Learning rate at max_steps (default: a tenth of max_lr)
     warmup_steps: NotNegative = 2000  # Steps of linear warmup
-    optimizer: Literal["adamw", "adafactor"] = "adamw"  # adafactor: little state, max_lr relative to a weight's size
+    schedule: Literal["cosine", "wsd"] = "cosine"  # Learning rate after the warmup; wsd: constant, then 1 - sqrt
+    decay_steps: Positive | None = None  # Steps of the decay of wsd (default: a fifth of max_steps)
+    max_minutes: Changeable[FiniteAboveZero | None] = None  # Minutes of training at which a run ends; sets the schedule
+    optimizer: Literal["adamw", "muon", "adafactor"] = "adamw"  # muon: hidden matrices; adafactor: rates by weight size
+    muon_lr: FiniteAboveZero = 0.02  # Peak learning rate of Muon's matrices; all other weights have max_lr
+    router_lr_scale: FiniteAboveZero = 1.0  # Factor on the router's learning rate
+    router_weight_decay: Rate | None = None  # Decay of the router's weights (default: weight_decay)
     weight_decay: Changeable[Rate] = 0.1  # Decay of weights, not of biases and norms
     beta1: Changeable[Fraction] = 0.9  # First moment of AdamW
     beta2: Changeable[Fraction] = 0.95  # Second moment of AdamW
@@ -153,6 +158,7 @@ class Progress:
 
     step: int = 0  # updates done
     hours: float = 0.0  # of training steps alone
+    clock: float = 0.0  # the hours that the ranks have agreed on, one step behind
     skipped: int = 0  # steps dropped for a non-finite loss or gradient
     skipped_in_a_row: int = 0
     history: list = dataclasses.field(default_factory=list)  # the last train losses, for spikes
@@ -170,7 +176,7 @@ def train(run):
         if step > run.first_step and (step % args.save_checkpoint_every == 0 or late):
             save(run)
         evaluate(run)
-        if step >= args.max_steps:
+        if optim.is_over(step, args, progress.clock):
             return finish(run)
         position, began = run.loader.state_dict(), time.perf_counter()
         result = train_step(run)
@@ -180,8 +186,9 @@ def train(run):
         if not result.applied and (args.on_nonfinite == "stop" or progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW):
             logger.report_divergence(run, result, position)
             return common.DIVERGED
-        logger.record_step(run, result, learning_rate(step, args), time.perf_counter() - began)
-        late = result.late
+        lr = optim.learning_rate(step, args, progress.clock)
+        logger.record_step(run, result, lr, time.perf_counter() - began)
+        progress.clock, late = result.clock, result.late
         if result.stop:
             return interrupt(run)
 
@@ -192,6 +199,7 @@ class StepResult(NamedTuple):
     grad_norm: float  # before clipping
     stop: bool  # some rank was told to stop
     late: bool  # --save_checkpoint_minutes have passed since the last checkpoint
+    clock: float  # hours of training before this step, the longest of all ranks
     applied: bool  # the update was made: loss and gradient were finite
     router: list  # dicts, GPT.router_stats of the whole step
 
@@ -220,25 +228,16 @@ def train_step(run):
         if raw_model.moe_layers():
             tables.append(raw_model.router_table())
     norm = clip_gradients(raw_model, args.grad_clip)
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
-    flags = [run.stop.requested or run.log.error is not None, is_late(run)]
-    losses, grad_norm, (stop, late), table = collect(losses, norm, flags, tables, machine)
+    optim.set_learning_rate(run.optimizer, optim.learning_rate(step, args, run.progress.clock))
+    flags = [run.stop.requested or run.log.error is not None, is_late(run), run.progress.hours]
+    losses, grad_norm, (stop, late, clock), table = collect(losses, norm, flags, tables, machine)
     applied = all(map(math.isfinite, losses.values())) and math.isfinite(grad_norm)
     if applied:
         run.optimizer.step()
         raw_model.update_balance_bias(table)
     run.optimizer.zero_grad(set_to_none=True)
-    return StepResult(losses.pop("ce_loss"), losses, grad_norm, stop, late, applied, raw_model.router_stats(table))
-
-
-def learning_rate(step, args):
-    """Linear warmup, then a cosine from max_lr down to min_lr at max_steps."""
-    min_lr = 0.1 * args.max_lr if args.min_lr is None else args.min_lr
-    if step < args.warmup_steps:
-        return args.max_lr * (step + 1) / args.warmup_steps
-    progress = min(1.0, (step - args.warmup_steps) / max(1, args.max_steps - args.warmup_steps))
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (args.max_lr - min_lr)
+    ce_loss, router = losses.pop("ce_loss"), raw_model.router_stats(table)
+    return StepResult(ce_loss, losses, grad_norm, stop > 0, late > 0, clock, applied, router)
 
 
 def seed_noise(seed, step, micro_batch):
@@ -260,7 +259,7 @@ def clip_gradients(model, grad_clip):
 
 
 def collect(losses, norm, flags, tables, machine):
-    """Mean losses and router table over the micro-batches of all ranks, brought to the host; flags set on any rank.
+    """Mean losses and router table over the micro-batches of all ranks, brought to the host; the largest of each flag.
 
     Counts of choices are summed, and the largest logit is the largest of all.
     """
@@ -273,7 +272,7 @@ def collect(losses, norm, flags, tables, machine):
         dist.all_reduce(sums)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         means, table = sums[: len(means)] / machine.world_size, sums[len(means) :].view(table.shape)
-        most, flags = most[: -len(flags)], (most[-len(flags) :] > 0).tolist()
+        most, flags = most[: -len(flags)], most[-len(flags) :].tolist()
     table[:, : GPT.COUNTS] /= max(1, len(tables) * machine.world_size)
     table[:, GPT.MAX_LOGIT] = most
     *means, norm = torch.cat([means, norm.reshape(1)]).tolist()
@@ -284,27 +283,31 @@ def collect(losses, norm, flags, tables, machine):
 # Evaluation and samples: neither touches the generator, the data position or the gradients of training
 
 
-def due(step, every, max_steps):
-    return every > 0 and (step % every == 0 or step == max_steps)
+def due(run, every):
+    """Whether something that happens every so many steps is due now; all of it is at the end."""
+    step = run.progress.step
+    return every > 0 and (step % every == 0 or optim.is_over(step, run.args, run.progress.clock))
 
 
 def evaluate(run):
     """Validation, HellaSwag and samples, as far as they are due at this step."""
     args, step, streams = run.args, run.progress.step, {}
-    if due(step, args.val_loss_every, args.max_steps):
-        streams["val"] = mean_loss(run.raw_model, run.val_loader, args.val_loss_steps, run.machine, run.console)
+    if due(run, args.val_loss_every):
+        found = validate(run.raw_model, run.val_loader, args.val_loss_steps, run.machine, run.console)
+        streams |= logger.val_streams(found)
     every = args.val_loss_every if args.hellaswag_every is None else args.hellaswag_every
-    if run.examples is not None and due(step, every, args.max_steps):
+    if run.examples is not None and due(run, every):
         rank, world_size = run.machine.eval_share
         progress = run.console.as_bar and run.machine.is_main
         result = hellaswag.evaluate(
             run.raw_model, run.examples, run.machine.device, rank=rank, world_size=world_size, progress=progress
         )
-        streams["hella"] = result.acc_norm
+        streams |= {"hella": result.acc_norm, "hella_bpb": result.bpb}
     if streams:
         run.log.write(step, streams)
-        run.console.say(f"step {step:6d} | " + " | ".join(f"{name} {value:.4f}" for name, value in streams.items()))
-    if due(step, args.sample_from_model_every, args.max_steps) and step > 0:
+        shown = [f"{name} {streams[name]:.4f}" for name in runlog.WHOLE if name in streams]
+        run.console.say(f"step {step:6d} | " + " | ".join(shown))
+    if due(run, args.sample_from_model_every) and step > 0:
         try:
             texts = sample.continue_prompt(
                 run.raw_model, run.tokenizer, args.sample_prompt, 4, 32, args.seed, run.machine
@@ -315,23 +318,36 @@ def evaluate(run):
             run.console.say(f"step {step} sample {i}: {text!r}")
 
 
+class Validation(NamedTuple):
+    loss: float  # cross-entropy, nats per token
+    bpb: float  # the same in bits per byte of text; nan without any text
+    router: list  # dicts, GPT.router_stats of all batches; max_logit is a mean here
+
+
 @torch.no_grad()
-def mean_loss(model, loader, steps, machine, console):
-    """Cross-entropy, nats per token, in eval mode, over the first `steps` batches of the loader's split."""
+def validate(model, loader, steps, machine, console):
+    """Validation, in eval mode, over the first `steps` batches of the loader's split. One transfer to the host."""
     was_training = model.training
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64)
-    rank, world_size = machine.eval_share
+    layers, columns = len(model.moe_layers()), GPT.COUNTS + model.config.n_exp
+    lengths = torch.tensor(token_bytes(loader.tokenizer, loader.vocab_size), dtype=torch.float32, device=machine.device)
+    rows, (rank, world_size) = [], machine.eval_share
     for i in console.bar_over(range(rank, steps, world_size), loader.split):
         x, y = loader.batch_at(i)
         with machine.autocast():
-            total += torch.tensor([model(x, y).ce_loss.item(), 1.0], dtype=torch.float64)
+            loss = model(x, y).ce_loss
+        table = [model.router_table()[:, :columns].flatten()] if layers else []
+        rows.append(torch.cat([torch.stack([loss, lengths[y].sum(), torch.ones_like(loss)]), *table]))
     model.train(was_training)
+    sums = torch.zeros(3 + layers * columns, dtype=torch.float64)
+    sums += torch.stack(rows).cpu().double().sum(0) if rows else 0
     if machine.world_size > 1:
-        total = total.to(machine.device)
-        dist.all_reduce(total)
-    loss, batches = total.tolist()
-    return loss / batches
+        sums = sums.to(machine.device)
+        dist.all_reduce(sums)
+    (loss, n_bytes, batches), table = sums[:3].tolist(), sums[3:].view(layers, columns)
+    table[:, : GPT.COUNTS] /= batches
+    bits = loss / math.log(2) * loader.B * loader.T
+    return Validation(loss / batches, bits / n_bytes if n_bytes else math.nan, model.router_stats(table))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -407,15 +423,34 @@ def check_args(args, world_size):
         raise UserError(f"--T {args.T} is more than --block_size {args.block_size}: lower --T")
     if args.min_lr is not None and args.min_lr > args.max_lr:
         raise UserError(f"--min_lr {args.min_lr} is above --max_lr {args.max_lr}: lower it")
+    if args.decay_steps and args.schedule != "wsd":
+        raise UserError(f"--decay_steps {args.decay_steps} belongs to --schedule wsd: pass that, or leave it out")
+    if args.decay_steps and args.decay_steps > args.max_steps:
+        raise UserError(f"--decay_steps {args.decay_steps} is more than --max_steps {args.max_steps}: lower it")
+    if args.decay_steps and args.max_minutes:
+        raise UserError("--decay_steps counts steps, and --max_minutes sets the end by the clock: leave one out")
     if args.fsdp and world_size == 1:
         raise UserError("--fsdp shards over ranks: start with torchrun --nproc_per_node=N, or leave it out")
     if args.fsdp and args.optimizer != "adamw":
-        raise UserError(f"--fsdp needs --optimizer adamw: the state of {args.optimizer} has no parameter's shape")
+        raise UserError(f"--fsdp needs --optimizer adamw: {args.optimizer} needs whole parameters")
+    if args.muon_lr != identity.PUBLISHED["muon_lr"] and args.optimizer != "muon":
+        raise UserError(f"--muon_lr {args.muon_lr} belongs to --optimizer muon: pass that, or leave it out")
+    if args.optimizer == "muon" and not args.max_lr:
+        raise UserError("--optimizer muon needs a --max_lr above 0: the schedule is relative to it")
     if args.name:
         identity.run_stem(args.name, "0", args.seed)
     if args.run_id:
         identity.run_stem("name", args.run_id, args.seed)
     model_config(args)
+
+
+def check_widths(args, machine):
+    """Grouped products in bfloat16 on CUDA read rows of whole 16 bytes."""
+    config = model_config(args)
+    if machine.device.type == "cuda" and machine.dtype == torch.bfloat16 and config.n_exp > 1:
+        for name, width in (("n_embd", config.n_embd), ("expert_hidden", config.hidden_of_expert)):
+            if width % 8:
+                raise UserError(f"--{name} {width} is not a multiple of 8, which CUDA needs in bfloat16: round it")
 
 
 def model_config(args):
@@ -438,8 +473,8 @@ def set_up(args, machine, stem, log_path, folder, console):
     raw_model = common.together(lambda: build_model(args, machine, brief), machine)
     loader, val_loader = common.together(lambda: make_loaders(args, machine, raw_model), machine)
     tokenizer = get_tokenizer(loader.tokenizer)
-    model = parallelize(raw_model, args, machine)
-    optimizer = build_optimizer(raw_model, args)
+    model = common.parallelize(raw_model, args, machine)
+    optimizer = optim.build_optimizer(raw_model, args)
     progress = Progress(**brief["progress"]) if brief else Progress()
     if brief:
         checkpoint.set_state(raw_model, optimizer, state, folder)
@@ -462,7 +497,7 @@ def set_up(args, machine, stem, log_path, folder, console):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Model, optimizer, data
+# Model and data
 
 
 def build_model(args, machine, state):
@@ -484,42 +519,6 @@ def build_model(args, machine, state):
     for name in SHAPE:  # as it is, for the record
         setattr(args, name, getattr(model.config, name))
     return model.to(machine.device)
-
-
-def parallelize(model, args, machine):
-    """Compile the model and wrap it in DDP or FSDP; parameters are shared with `model`."""
-    if args.fsdp:
-        return shard(model)
-    if args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu):
-        model = torch.compile(model)
-    if machine.world_size == 1:
-        return model
-    # Buffers are statistics and the balance bias, which every rank computes alike.
-    known = inspect.signature(DistributedDataParallel).parameters
-    no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{no_sync: False})
-
-
-def shard(model):
-    """FSDP of a GPT in place: one group of parameters per block and one for the rest. Every rank calls it."""
-    from torch.distributed import device_mesh, fsdp  # here: a second to import, and few runs want it
-
-    mesh = device_mesh.init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-    for block in model.transformer.h:
-        fsdp.fully_shard(block, mesh=mesh)
-    fsdp.fully_shard(model, mesh=mesh)
-    fsdp.register_fsdp_forward_method(model, "hidden_states")  # HellaSwag and sampling call it without forward()
-    return model
-
-
-def build_optimizer(model, args):
-    groups = model.optimizer_groups(args.weight_decay)
-    held = [p for group in groups for p in group["params"]]
-    if {id(p) for p in held} != {id(p) for p in model.parameters()} or len(held) != len(list(model.parameters())):
-        raise RuntimeError("the optimizer groups do not hold exactly the model's parameters")
-    if args.optimizer == "adafactor":
-        return torch.optim.Adafactor(groups, lr=args.max_lr)
-    return torch.optim.AdamW(groups, lr=args.max_lr, betas=(args.beta1, args.beta2), eps=1e-8, fused=True)
 
 
 def make_loaders(args, machine, model):
@@ -548,11 +547,10 @@ def evaluate_only(args, machine):
     else:
         model = build_model(args, machine, None)
     for loader in make_loaders(args, machine, model):
-        loss = mean_loss(model, loader, args.val_loss_steps, machine, console)
+        loss, bpb, _ = validate(model, loader, args.val_loss_steps, machine, console)
         tokens = loader.tokens_in(args.val_loss_steps)
-        console.say(
-            f"{loader.split} loss {loss:.4f} nats per token, perplexity {math.exp(loss):.2f} ({tokens:,} tokens)"
-        )
+        measures = f"{loss:.4f} nats per token, {bpb:.4f} bits per byte, perplexity {math.exp(loss):.2f}"
+        console.say(f"{loader.split} loss {measures} ({tokens:,} tokens)")
     return common.DONE
 
 
@@ -564,6 +562,7 @@ def run(args):
         args.dtype = str(machine.dtype).removeprefix("torch.")
         if args.hellaswag_limit is None and machine.device.type == "cpu":
             args.hellaswag_limit = 200
+        check_widths(args, machine)
     if args.eval_only:
         return evaluate_only(args, machine)
     with common.same_on_every_rank():

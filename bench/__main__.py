@@ -71,6 +71,7 @@ class Args:
 
     # step, scale, moe
     variants: tuple[str, ...] = tuple(steps.VARIANTS)  # Variants of step; dense is always there
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: step trains each variant with Muon too, beside AdamW
     vs: str = ""  # Path of another repository's model.py with nanoGPT's GPT and GPTConfig, timed by step
     tokens: tuple[int, ...] | None = None  # Tokens per micro-batch, one or more sizes (default: by subcommand)
     imbalanced: bool = False  # Expert 0 is the first choice of every second token and no choice of the others
@@ -156,7 +157,7 @@ def check_args(args):
     except ValueError as error:
         raise UserError(f"--{error}") from None
     pipeline.check_args(args)
-    check_vs(args)
+    check_step_only(args)
     check_out_dir(args.out_dir)
 
 
@@ -168,9 +169,11 @@ def check_tokens(args):
             raise UserError(f"--tokens {tokens} is not a positive multiple of --T {args.T}")
 
 
-def check_vs(args):
+def check_step_only(args):
     if args.vs and args.bench != "step":
         raise UserError("--vs is timed by step alone: python -m bench step --vs PATH")
+    if args.optimizer != "adamw" and args.bench != "step":
+        raise UserError("--optimizer is timed by step alone: python -m bench step --optimizer muon")
     if args.vs:
         steps.load_vs(args)
 

@@ -15,6 +15,7 @@ from bench.baselines import HalfRouter, OneHotMoE, TurnRouter, replace
 from bench.timing import Target, interleave, median_ratio, median_seconds, peak_bytes
 from common import UserError, autocast
 from model import GPT, GPTConfig
+from muon import Muon, muon_groups
 
 VARIANTS = {  # settings of GPTConfig; --n_exp experts and no capacity unless given here
     "dense": {"n_exp": 1},
@@ -24,6 +25,7 @@ VARIANTS = {  # settings of GPTConfig; --n_exp experts and no capacity unless gi
     "noisy_aux_z": {"use_noisy_top_k": True, "use_aux_loss": True, "use_router_z_loss": True},
     "one_hot": {"train_capacity": 1.25},  # top2_capacity by one-hot dispatch
 }
+MUON = "+muon"  # ends the name of a variant that is trained with Muon, not AdamW
 PHASES = ("forward", "backward", "clip", "optimizer")
 
 
@@ -41,7 +43,7 @@ class Trainer(NamedTuple):
 def config_of(args, name):
     """GPTConfig of a variant. Raises ValueError for a shape that no model can have."""
     shape = {field: getattr(args, field) for field in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    settings = {"n_exp": args.n_exp, "train_capacity": math.inf} | VARIANTS[name]
+    settings = {"n_exp": args.n_exp, "train_capacity": math.inf} | VARIANTS[name.removesuffix(MUON)]
     return GPTConfig(block_size=args.T, **shape, **settings)
 
 
@@ -94,7 +96,10 @@ def build_trainer(args, name, dtype):
         model, loss_at = build_model(args, name), 0
         groups = model.optimizer_groups(0.1)
     # A small rate: the routing of the first rounds is still that of the last.
-    optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
+    if name.endswith(MUON):
+        optimizer = Muon(muon_groups(model, groups), lr=1e-5)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
     call = torch.compile(model, fullgraph=name != "vs", dynamic=False) if args.compile else model
     return Trainer(model, lambda x, y: call(x, y)[loss_at], optimizer, getattr(torch, dtype))
 
@@ -211,8 +216,9 @@ def add_one_hot(args, dtype, rows, samples, targets):
 
 
 def bench_step(args, dtype):
-    """Variants, and `--vs`, against dense in the same rounds."""
-    names = [name for name in dict.fromkeys(("dense", *args.variants)) if name != "one_hot"] + ["vs"] * bool(args.vs)
+    """Variants, with --optimizer muon also trained with Muon, and `--vs`, against dense in the same rounds."""
+    names = [name for name in dict.fromkeys(("dense", *args.variants)) if name != "one_hot"]
+    names += [name + MUON for name in names] * (args.optimizer == "muon") + ["vs"] * bool(args.vs)
     rows, samples = time_steps(args, dtype, [(name, tokens) for tokens in args.tokens for name in names])
     by_cell = {(row["variant"], row["tokens"]): row for row in rows}
     targets = []

@@ -57,8 +57,10 @@ def test_n_processes_make_the_run_of_one(n, alone, shards, tmp_path):
     runs = [{"name": name, "data_root": str(shards)} | variant for name, variant in VARIANTS.items()]
     together = launch(n, tmp_path, runs)
     for name in VARIANTS:
-        losses = {"aux_loss", "z_loss", "output_z_loss"} & set(alone[name])
-        for stream in ("train", "val", "grad_norm", *losses):
+        balance = [f"{split}{stat}_0" for split in ("", "val_") for stat in ("max_vio", "drop_frac", "logit_std")]
+        more = {"aux": ["val_bpb", *balance], "noisy": ["noise_std_0", *balance]}.get(name, [])
+        more += {"aux_loss", "z_loss", "output_z_loss"} & set(alone[name])
+        for stream in ("train", "val", "grad_norm", *more):
             np.testing.assert_allclose(
                 together[name][stream][1], alone[name][stream][1], rtol=1e-5, atol=2e-6, err_msg=f"{name} {stream}"
             )
@@ -116,12 +118,12 @@ def test_ranks_end_without_shutting_python_down(shards, tmp_path):
 
 MEMORY = """
 import sys; sys.path.insert(0, sys.argv[1])
-import torch, torch.distributed as dist, common, train_single_gpu as trainer
+import torch, torch.distributed as dist, common
 from model import GPT, GPTConfig
 dist.init_process_group("gloo")
 model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, n_exp=64, stride=1))
 total = sum(p.numel() for p in model.parameters())
-trainer.shard(model)
+common.shard(model)
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 idx = torch.arange(64).view(2, 32)
 model(idx, idx).loss.backward()

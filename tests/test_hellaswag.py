@@ -59,7 +59,12 @@ def random_examples(count, seed=0, vocab_size=257, longest=40):
     def tokens():
         return tuple(draw.integers(vocab_size, size=draw.integers(1, longest)).tolist())
 
-    return [Example(tokens(), tuple(tokens() for _ in range(4)), int(draw.integers(4))) for _ in range(count)]
+    return [example(tokens(), tuple(tokens() for _ in range(4)), int(draw.integers(4))) for _ in range(count)]
+
+
+def example(context, endings, label):
+    """An Example of tokens of two bytes."""
+    return Example(context, endings, label, (2,) * len(endings[label]))
 
 
 @torch.no_grad()
@@ -67,7 +72,7 @@ def plain_losses(model, examples):
     """Total and mean loss (n, 4) of each ending, one forward per ending, with logits at every position."""
     model.eval()
     table = []
-    for context, endings, _ in examples:
+    for context, endings, *_ in examples:
         for ending in endings:
             idx = torch.tensor([context + ending])[:, -model.config.block_size :]
             log_probs = torch.log_softmax(model(idx[:, :-1], dropless=True).logits[0].float(), dim=-1)
@@ -106,6 +111,10 @@ def test_predictions_on_real_examples_are_those_of_one_by_one(name, block_size):
     assert result.predictions == mean.argmin(axis=1).tolist()
     assert result.acc == (total.argmin(axis=1) == labels).mean()
     assert result.acc_norm == (mean.argmin(axis=1) == labels).mean()
+    n_bytes = [len(f" {x['endings'][x['label']]}".encode()) for x in hellaswag.load_examples(REAL)]
+    if block_size == 1024:  # nothing cropped: the loss of whole endings, per byte of their text
+        bits = total[np.arange(50), labels] / np.log(2) / n_bytes
+        assert result.bpb == pytest.approx(bits.mean(), rel=1e-5)
     too_long = [len(x.context) + max(map(len, x.endings)) > block_size for x in examples]
     assert result.cropped == sum(too_long) and any(too_long) == (block_size < 1024)
 
@@ -141,10 +150,10 @@ def test_the_rows_share_the_context_and_fit_the_budget():
 
 def test_equal_endings_tie_and_the_first_is_chosen():
     model = tiny()
-    context, (a, b, c, _), _ = random_examples(1)[0]
-    best = min((a, b, c), key=lambda ending: plain_losses(model, [Example(context, (ending,) * 4, 0)])[1][0, 0])
+    context, (a, b, c, _), *_ = random_examples(1)[0]
+    best = min((a, b, c), key=lambda ending: plain_losses(model, [example(context, (ending,) * 4, 0)])[1][0, 0])
     others = [ending for ending in (a, b, c) if ending != best]
-    result = hellaswag.evaluate(model, [Example(context, (others[0], best, others[1], best), 1)], "cpu")
+    result = hellaswag.evaluate(model, [example(context, (others[0], best, others[1], best), 1)], "cpu")
     assert result.predictions == [1] and result.ties == 1 and result.acc_norm == 1
 
 
@@ -155,7 +164,15 @@ def test_standard_error_and_a_broken_model():
     model = tiny()
     model.transformer.ln_f.weight.data.fill_(torch.nan)
     result = hellaswag.evaluate(model, examples, "cpu")
-    assert np.isnan(result.acc) and np.isnan(result.acc_norm)
+    assert np.isnan(result.acc) and np.isnan(result.acc_norm) and np.isnan(result.bpb)
+
+
+def test_bits_per_byte_of_a_cropped_ending_are_of_its_scored_tokens():
+    short = example((1, 2), ((3, 4, 5), (6,), (7,), (8,)), 0)
+    model = tiny(block_size=2)
+    total, counts, _ = hellaswag.ending_losses(model, [short], "cpu")
+    assert counts[0, 0] == 1
+    assert hellaswag.evaluate(model, [short], "cpu").bpb == pytest.approx(total[0, 0] / np.log(2) / 2)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -371,7 +388,8 @@ def test_two_ranks_give_the_result_of_one(tmp_path):
     assert nothing is None and len(reasons) == 1 and "none.jsonl" in refused
     for case, (total, result) in zip(shared_cases(), results, strict=True):
         alone_total, alone_result = result_on_a_rank(*case)
-        assert result == list(alone_result) and np.allclose(total, alone_total, rtol=1e-5)
+        assert result[2] == pytest.approx(alone_result.bpb, rel=1e-5) and np.allclose(total, alone_total, rtol=1e-5)
+        assert list(result) == list(alone_result._replace(bpb=result[2]))
 
 
 # ---- the script
@@ -410,6 +428,7 @@ def test_the_script_writes_what_it_prints(folder):
     assert {**out, "seconds": 0} == {"model": "step_000001.pt", **result._asdict(), "seconds": 0}
     assert out.keys() >= {"acc", "acc_norm", "stderr", "n", "predictions"} and out["cropped"] == 2
     assert f"acc_norm  {result.acc_norm:.4f} +/- {result.stderr:.4f}" in done.stdout and "2 cropped" in done.stdout
+    assert f"bpb       {result.bpb:.4f}" in done.stdout
 
 
 WRONG = {

@@ -48,9 +48,11 @@ def start(until, **settings):
 
 
 def test_published_values_are_the_defaults_and_cover_what_counts():
-    """Whoever commits an edited default hears of it here."""
+    """Whoever commits an edited default, or a setting without a neutral value, hears of it here."""
     counted = identity.counted_settings(trainer.Args()) | {"dtype": "bfloat16"}  # what auto is on a GPU
     assert counted == identity.PUBLISHED
+    every = {name for name, hint in common.hints(trainer.Args).items() if identity.role(hint).counts}
+    assert every == set(identity.PUBLISHED)
     # As in the settings of build-gpt2-moe.
     published = {
         "n_exp": 8, "top_k": 2, "stride": 2, "train_capacity": 1.25, "eval_capacity": 2.0, "min_capacity": 4,

@@ -344,8 +344,8 @@ def test_router_precision(full_prec, noisy):
     x_TD = torch.randn(50, 16)
     exact = x_TD @ moe.router.w_g.weight.t()
     with torch.autocast("cpu", torch.bfloat16):
-        ours = moe.router.logits(x_TD)
-        from_bf16 = moe.router.logits(x_TD.bfloat16())
+        ours = moe.router.logits(x_TD)[0]
+        from_bf16 = moe.router.logits(x_TD.bfloat16())[0]
     assert ours.dtype == from_bf16.dtype == torch.float32
     assert torch.allclose(ours, exact, atol=1e-5) == full_prec
     assert torch.allclose(from_bf16, x_TD.bfloat16().float() @ moe.router.w_g.weight.t(), atol=1e-5) == full_prec
@@ -372,6 +372,31 @@ def test_router_stats_of_the_last_forward():
         probs = routing.logits_TE.softmax(-1)
         assert layer["entropy"] == pytest.approx(-(probs * probs.log()).sum(-1).mean().item(), rel=1e-4)
         assert layer["max_logit"] == pytest.approx(routing.logits_TE.abs().max().item())
+
+
+def test_spread_of_clean_logits_and_of_noise():
+    """The noise of a router with w_noise 0 has standard deviation softplus(0) * noise_scale."""
+    model = make(n_exp=8, use_noisy_top_k=True, noise_scale=3.0)
+    seen = []
+    for _, moe in model.moe_layers():
+        moe.router.w_noise.weight.data.zero_()
+        moe.router.register_forward_hook(lambda module, args, routing: seen.append(module.product(args[0], module.w_g)))
+    idx, targets = tokens(B=64, S=32)
+    for training in (True, False):
+        seen.clear()
+        model.train(training)(idx, targets)
+        for layer, clean_TE in zip(model.router_stats(), seen, strict=True):
+            assert layer["logit_std"] == pytest.approx((clean_TE.var(-1).mean() ** 0.5).item(), rel=1e-5)
+            assert layer["noise_std"] == pytest.approx(3 * math.log(2) * training, rel=0.05)
+
+
+def test_dropless_forwards_leave_the_statistics_alone():
+    """Sampling and HellaSwag log nothing of the router."""
+    model, (idx, targets) = make(n_exp=4), tokens()
+    model(idx, targets)
+    before = model.router_stats()
+    model(targets, idx, dropless=True)
+    assert model.router_stats() == before
 
 
 def test_two_models_never_mix_and_forwards_leave_nothing_behind():

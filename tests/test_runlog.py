@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import curves
 import identity
 import logger
 import runlog
@@ -319,23 +320,158 @@ def test_committed_curves_load():
 
 @pytest.mark.parametrize("n", [1, 199, 200, 201, 399, 400, 2000])
 def test_thin_gives_at_most_so_many_points(n):
-    steps, means = runlog.thin(np.arange(n), np.arange(n, dtype=float))
-    assert len(steps) == len(means) == min(n, runlog.POINTS) and steps[-1] == n - 1
+    steps, means = curves.thin(np.arange(n), np.arange(n, dtype=float))
+    assert len(steps) == len(means) == min(n, curves.POINTS) and steps[-1] == n - 1
 
 
 def test_crossing_passes_over_nan():
     x, values = np.arange(5.0), np.array([5, math.nan, 3, 1, math.nan])
-    assert runlog.crossing(x, values, 2) == 2.5 and runlog.crossing(x, values, 4) == 1
-    assert math.isnan(runlog.crossing(x, values, 0)) and math.isnan(runlog.crossing([], np.array([]), 0))
+    assert curves.crossing(x, values, 2) == 2.5 and curves.crossing(x, values, 4) == 1
+    assert math.isnan(curves.crossing(x, values, 0)) and math.isnan(curves.crossing([], np.array([]), 0))
 
 
 def test_tokens_follow_a_batch_size_changed_on_resume():
     changes = [{"step": 10, "settings": {"total_batch_size": 30}}, {"step": 20, "settings": {"B": 1}}]
     run = runlog.Run("moe", "a", 1, {}, {"tokens_per_step": 100, "flops_per_token": 2, "changes": changes}, Path("log"))
     steps = np.array([0, 5, 10, 15, 25])
-    assert runlog.along(run, steps, "tokens").tolist() == [0, 500, 1000, 1150, 1450]
-    assert runlog.along(run, steps, "flops").tolist() == [0, 1000, 2000, 2300, 2900]
-    assert runlog.along(run._replace(meta={}), steps, "tokens") is None
+    assert curves.along(run, steps, "tokens").tolist() == [0, 500, 1000, 1150, 1450]
+    assert curves.along(run, steps, "flops").tolist() == [0, 1000, 2000, 2300, 2900]
+    assert curves.along(run._replace(meta={}), steps, "tokens") is None
+
+
+# ---- effective speedup
+
+LAW = curves.PowerLaw(limit=1.5, scale=80.0, exponent=0.4)
+BUDGETS = (10_000, 20_000, 40_000)
+
+
+def loss_at(tokens, law=LAW):
+    return law.limit + law.scale / tokens**law.exponent
+
+
+def write_run(folder, name, seed, tokens, val, hours=1.0, flops=6.0, steps=100, **settings):
+    """A run of `steps` steps that ends at `val` after `tokens` tokens and `hours`."""
+    lines = [f"0 val 5\n0 hours 0\n{steps - 1} hours {hours}\n", f"{steps} val {val}\n"]
+    known = {"seed": seed, "max_steps": 100, "total_batch_size": tokens // 100} | settings
+    record = {"settings": SETTINGS | known, "changes": [], "args": {}, "device": "a", "flops_per_token": flops}
+    record["tokens_per_step"] = tokens // 100
+    return write_log(folder / f"log_{name}_{tokens}-{steps}_seed_{seed}.txt", lines, record)
+
+
+def test_a_power_law_is_found_in_its_own_points():
+    for law in (LAW, curves.PowerLaw(0.0, 90.0, 0.08), curves.PowerLaw(2.7, 3e4, 0.9)):
+        points = [(tokens, loss_at(tokens, law)) for tokens in (1e4, 3e4, 1e5, 1e6)]
+        assert curves.fit_power_law(points) == pytest.approx(law, rel=1e-3, abs=2e-3)
+
+
+def test_a_power_law_is_found_in_spite_of_noise():
+    rng = np.random.default_rng(0)
+    points = [(tokens, loss_at(tokens) + 0.005 * rng.standard_normal()) for tokens in (1e4, 3e4, 1e5, 3e5) * 5]
+    law = curves.fit_power_law(points)
+    assert law.limit == pytest.approx(LAW.limit, abs=0.1) and law.exponent == pytest.approx(LAW.exponent, abs=0.05)
+
+
+@pytest.mark.parametrize("points", [[], [(1e4, 3.0)] * 5, [(1e4, 3.0), (2e4, 2.8), (2e4, 2.81)]])
+def test_fewer_than_three_lengths_give_no_law(points):
+    with pytest.raises(UserError, match=f"{len(dict(points))} lengths.*needs 3"):
+        curves.fit_power_law(points)
+
+
+@pytest.mark.parametrize("losses", [(3.0, 3.1, 3.2), (3.0, 2.9, 2.7), (3.0, 3.0, 3.0)])
+def test_losses_that_are_on_no_law_are_refused(losses):
+    with pytest.raises(UserError, match="on no power law"):
+        curves.fit_power_law(list(zip(BUDGETS, losses, strict=True)))
+
+
+def test_effective_speedup_of_a_variant_that_needs_half_the_tokens():
+    """It spends 1.2 times the FLOPs per token, and twice the time. FLOPs per token must not count twice."""
+    base = curves.Final(loss_at(20_000), {"tokens": 20_000, "flops": 6 * 20_000, "hours": 1.0})
+    variant = curves.Final(loss_at(2 * 10_000), {"tokens": 10_000, "flops": 7.2 * 10_000, "hours": 1.0})
+    found = curves.effective_speedup(base, variant, LAW)
+    assert found == pytest.approx({"tokens": 2.0, "flops": 2 / 1.2, "hours": 1.0})
+    longer = curves.Final(loss_at(40_000), {"tokens": 20_000})
+    assert curves.effective_speedup(base, longer, LAW)["tokens"] == pytest.approx(2.0)
+    assert math.isnan(curves.effective_speedup(base, longer, LAW)["hours"])
+    beyond = curves.effective_speedup(base, variant._replace(loss=1.4), LAW)
+    assert set(beyond.values()) == {math.inf}
+    assert all(map(math.isnan, curves.effective_speedup(base._replace(loss=1.4), variant, LAW).values()))
+
+
+def test_the_speedup_is_the_published_formula():
+    """A = (L_base - L_inf) C^a; C_need = (A / (L_var - L_inf))^(1/a); (C_need / rate_base) / (C / rate_variant)."""
+    loss_base, loss_variant, tokens, hours = 9.0, 8.0, 20_000, (1.0, 1.5)
+    A = (loss_base - LAW.limit) * tokens**LAW.exponent
+    need = (A / (loss_variant - LAW.limit)) ** (1 / LAW.exponent)
+    rates = [tokens / spent for spent in hours]
+    finals = [curves.Final(loss, {"tokens": tokens, "hours": spent})
+              for loss, spent in zip((loss_base, loss_variant), hours, strict=True)]  # fmt: skip
+    found = curves.effective_speedup(*finals, LAW)
+    assert found["tokens"] == pytest.approx(need / tokens)
+    assert found["hours"] == pytest.approx((need / rates[0]) / (tokens / rates[1]))
+
+
+def make_experiment(folder):
+    """Dense runs of three lengths, and a MoE of 10,000 tokens as good as 20,000 (seed 1) and 15,000 (seed 2) dense."""
+    for seed in (1, 2):
+        for tokens in BUDGETS:
+            write_run(folder, "no_moe", seed, tokens, loss_at(tokens), hours=tokens / 10_000)
+        write_run(folder, "moe", seed, 10_000, loss_at(20_000 if seed == 1 else 15_000), hours=1.25, flops=7.5)
+
+
+def test_speedups_in_the_table(tmp_path):
+    make_experiment(tmp_path)
+    runs = runlog.load_runs(tmp_path)
+    table, words = runlog.add_speedups(runlog.summary(runs), runs, "no_moe")
+    row = table.set_index("variant").loc["moe"]
+    means = [row[f"x_{currency}_mean"] for currency in curves.CURRENCIES]
+    assert means == pytest.approx([1.75, 1.75 / 1.25, 1.75 / 1.25], rel=1e-3)
+    assert row.x_tokens_std == pytest.approx(0.5 / 2**0.5, rel=1e-3)
+    assert table[table.variant == "no_moe"].x_tokens_mean.isna().all()
+    assert "from 6 runs of 3 lengths" in words and "tokens ** 0.4" in words
+    done = command_line(tmp_path, "--base", "no_moe")
+    assert done.returncode == 0 and "1.75±0.35" in done.stdout and "val = 1.5" in done.stdout, done.stderr
+
+
+def test_pairs_have_equal_seeds_and_data_and_runs_that_ended(tmp_path):
+    make_experiment(tmp_path)
+    write_run(tmp_path, "other_seed", 3, 10_000, 3.0)
+    write_run(tmp_path, "other_data", 1, 10_000, 3.0, data="d1")
+    write_run(tmp_path, "mid_schedule", 1, 10_000, 3.0, max_steps=200)
+    write_run(tmp_path, "by_the_clock", 1, 10_000, loss_at(20_000), hours=2.0, max_steps=200, max_minutes=120.0)
+    runs = runlog.load_runs(tmp_path)
+    table, words = runlog.add_speedups(runlog.summary(runs), runs, "no_moe")
+    found = table.set_index("variant").x_tokens_mean.drop("no_moe").dropna()
+    assert set(found.index) == {"moe", "by_the_clock"} and found.by_the_clock == pytest.approx(2, rel=1e-3)
+    assert "; 1 runs that failed or are not at the end of their schedule are left out" in words
+
+
+def test_currencies_that_the_logs_do_not_tell_are_dashes(tmp_path):
+    """Hours of another machine are not compared either."""
+    make_experiment(tmp_path)
+    for path in tmp_path.glob("log_moe_*.json"):
+        record = json.loads(path.read_text()) | {"device": "b", "flops_per_token": None}
+        path.write_text(json.dumps(record))
+    done = command_line(tmp_path, "--base", "no_moe")
+    (row,) = (line for line in done.stdout.splitlines() if line.split()[:1] == ["moe"])
+    header = done.stdout.splitlines()[0].split()
+    assert header.index("x_tokens") < header.index("x_flops") < header.index("x_hours")
+    assert "1.75±0.35" in row and row.split().count("-") >= 2
+
+
+def test_a_base_without_three_lengths_or_with_two_settings_is_one_line(tmp_path):
+    for seed in (1, 2):
+        write_run(tmp_path, "no_moe", seed, 10_000, loss_at(10_000))
+    for argv, message in (
+        (["--base", "absent"], "absent: no run of that name among no_moe"),
+        (["--base", "no_moe"], "1 lengths of finished"),
+        (["--base", "no_moe", "--at_step", 5], "--at_step"),
+        (["--base", "x", "--thin", "y"], "--thin"),
+    ):
+        done = command_line(tmp_path, *argv)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    write_run(tmp_path, "no_moe", 3, 10_000, 3.0, max_lr=0.1)
+    done = command_line(tmp_path, "--base", "no_moe")
+    assert done.returncode == 2 and "10,000 tokens differ in max_lr" in done.stderr
 
 
 # ---- thinned CSV and command line
@@ -355,7 +491,7 @@ def test_thinned_csv_keeps_what_matters(tmp_path):
     whole, thin = runlog.read(path), runlog.read(out)
     for stream in ("val", "load_0_0"):
         assert np.array_equal(whole[stream], thin[stream])
-    assert thin["train"][1].mean() == whole["train"][1].mean() and len(thin["train"][0]) == runlog.POINTS
+    assert thin["train"][1].mean() == whole["train"][1].mean() and len(thin["train"][0]) == curves.POINTS
     assert (thin["hours"][0] + 1).tolist() == thin["val"][0][1:].tolist(), "the time of each val but the first"
     assert runlog.spike_steps(thin).tolist() == [300]
     assert out.stat().st_size < 20_000

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from common import UserError
-from tokenizer import CUT, get_tokenizer, gpt2_files, packaged_encoding
+from tokenizer import CUT, get_tokenizer, gpt2_files, packaged_encoding, token_bytes
 
 ALPHABET = "ab1ſ \n\t'  sdmtl\r\x0b\x1c\x1f\x85\xa0\u1680\u200a\u3000\u2028é漢़😀=._-\u200b\ufeff\x00"
 PROSE = Path(__file__).parent / "data/prose_200kB.txt"
@@ -61,6 +61,17 @@ def test_round_trip(name, text):
     assert ids.dtype == np.uint16 and (ids < tokenizer.eot).all()
     assert tokenizer.decode(ids) == text and tokenizer.decode_bytes(ids) == text.encode()
     assert tokenizer.encode_ordinary(text) == ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_bytes_of_the_tokens_of_a_text_are_those_of_the_text(name):
+    tokenizer, lengths = get_tokenizer(name), token_bytes(name)
+    assert len(lengths) == tokenizer.vocab_size and lengths[tokenizer.eot] == 0
+    for text in (PROSE.read_text("utf-8"), ALPHABET, "<|endoftext|>", ""):
+        assert lengths[tokenizer.encode_to_numpy(text)].sum() == len(text.encode())
+    for size in (300, 100):  # ids that no text has; a vocabulary smaller than the tokenizer's
+        known = min(size, tokenizer.vocab_size)
+        assert token_bytes(name, size).tolist() == lengths[:known].tolist() + [0] * (size - known)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])

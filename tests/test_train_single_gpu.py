@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,11 +19,13 @@ from conftest import TINY_RUN, flags, lines
 import checkpoint
 import common
 import identity
+import optim
 import runlog
 import train_single_gpu as trainer
 from common import UserError
 from dataloader import DataLoader
 from model import GPTConfig
+from tokenizer import get_tokenizer
 
 ROOT = Path(trainer.__file__).parent
 NOISY = {"use_noisy_top_k": True, "use_aux_loss": True, "use_router_z_loss": True}
@@ -54,7 +57,7 @@ def test_defaults_are_the_published_ones():
     }  # fmt: skip
     args = trainer.Args()
     assert {name: getattr(args, name) for name in published} == published
-    assert trainer.learning_rate(args.max_steps, args) == pytest.approx(6e-5)
+    assert optim.learning_rate(args.max_steps, args) == pytest.approx(6e-5)
 
 
 def test_every_setting_is_explained_once_and_in_its_group():
@@ -98,15 +101,6 @@ def test_settings_reach_the_model(train):
 ])  # fmt: skip
 def test_names_are_the_published_ones(settings, name):
     assert identity.run_name(trainer.Args(**settings)) == name
-
-
-def test_learning_rate():
-    args = trainer.Args(max_lr=1.0, min_lr=0.2, warmup_steps=10, max_steps=110)
-    assert trainer.learning_rate(0, args) == pytest.approx(0.1)
-    assert trainer.learning_rate(9, args) == trainer.learning_rate(10, args) == pytest.approx(1.0)
-    assert trainer.learning_rate(60, args) == pytest.approx(0.6)
-    assert trainer.learning_rate(110, args) == trainer.learning_rate(500, args) == pytest.approx(0.2)
-    assert trainer.learning_rate(0, dataclasses.replace(args, warmup_steps=0)) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("wrong, said", [
@@ -174,7 +168,8 @@ GOLDEN = {  # every fourth train loss, then val at 0, 10, 20
 
 @pytest.mark.parametrize("settings", [
     {"n_exp": 1}, {"n_exp": 4}, {"n_exp": 4, "top_k": 1, "gate": "softmax"}, {"dtype": "bfloat16"},
-    {"optimizer": "adafactor", "max_lr": 0.3}, {"use_bias_balance": True}, {"init_from": "scratch", "dropout": 0.1},
+    {"optimizer": "adafactor", "max_lr": 0.3}, {"optimizer": "muon"}, {"use_bias_balance": True},
+    {"use_quantile_balance": True}, {"init_from": "scratch", "dropout": 0.1},
 ], ids=str)  # fmt: skip
 def test_loss_falls(train, settings):
     _, streams = train(**{"max_steps": 60, "max_lr": 1e-2} | settings)
@@ -187,14 +182,58 @@ def test_loss_falls(train, settings):
 def test_streams_of_a_moe_and_of_a_dense_run(train):
     _, moe = train(**NOISY)
     _, dense = train(n_exp=1)
-    common = {"train", "val", "lr", "grad_norm", "tok_per_sec", "hours"}
+    common = {"train", "val", "val_bpb", "lr", "grad_norm", "tok_per_sec", "hours"}
     assert set(dense) == common
     router = {"aux_loss", "z_loss", "max_vio", "drop_frac", "router_entropy", "router_logit"}
-    assert set(moe) == common | router | {f"load_0_{e}" for e in range(4)}
+    of_layer = {f"{name}_0" for name in ("max_vio", "drop_frac", "logit_std", "noise_std")}
+    in_val = {f"val_{name}_0" for name in ("max_vio", "drop_frac", "logit_std")}
+    assert set(moe) == common | router | of_layer | in_val | {f"load_0_{e}" for e in range(4)}
     assert sum(moe[f"load_0_{e}"][1][0] for e in range(4)) == pytest.approx(1, abs=1e-5)
     about = json.loads(log_of(n_exp=1).with_suffix(".json").read_text())
     assert about["args"]["n_exp"] == 1 and about["params_total"] == about["params_active"] > 0
     assert {"commit", "torch", "device", "flops_per_token", "tokens_per_step", "config"} <= set(about)
+
+
+def test_every_stream_is_in_the_table_of_the_format(train):
+    """runlog.py's docstring decodes the names; three of them need a run that fails."""
+    row = {"ctx": "the router", "label": 1, "endings": ["zzzz qqqq", "sends a token", "!!!!", "@@@@"]}
+    Path("rows.jsonl").write_text(json.dumps(row))
+    _, streams = train(**NOISY, output_z_loss_weight=0.1, hellaswag_every=5, hellaswag_data="rows.jsonl")
+    rows = re.findall(r"^ {8}([a-z_{}, ]+?)(?:, \.\.\.)?(?:  .*)?$", runlog.__doc__, re.MULTILINE)
+    names = {name: re.sub(r"{\w+}", r"\\d+", name) for row in rows for name in row.split(", ")}
+    assert [stream for stream in streams if not any(re.fullmatch(name, stream) for name in names.values())] == []
+    unseen = [name for name, regex in names.items() if not any(re.fullmatch(regex, stream) for stream in streams)]
+    assert unseen == ["spike", "skipped", "diverged"]
+
+
+def test_validation_statistics_are_those_of_its_batches(train, shards):
+    """Counts add up over the batches, before the largest is divided by the mean; bytes are those of the targets."""
+    _, streams = train(**NOISY, eval_capacity=0.5, min_capacity=1, val_loss_steps=3)
+    model, _ = checkpoint.load_model(folder_of(**NOISY, eval_capacity=0.5, min_capacity=1, val_loss_steps=3))
+    loader, counts, drops, variances = DataLoader(shards, "val", B=4, T=32, vocab_size=257), 0, [], []
+    moe = model.moe_layers()[0][1]
+    with torch.no_grad():
+        for i in range(3):
+            model(*loader.batch_at(i))
+            counts, (layer,) = counts + moe.count, model.router_stats()
+            drops, variances = [*drops, layer["drop_frac"]], [*variances, layer["logit_std"] ** 2]
+    last = {name: values[-1] for name, (_, values) in streams.items()}
+    assert last["val_max_vio_0"] == pytest.approx((counts.max() / counts.mean() - 1).item(), rel=1e-5)
+    assert last["val_drop_frac_0"] == pytest.approx(np.mean(drops), rel=1e-5) and last["val_drop_frac_0"] > 0
+    assert last["val_logit_std_0"] == pytest.approx(np.mean(variances) ** 0.5, rel=1e-5)
+    assert last["val_bpb"] == pytest.approx(last["val"] / math.log(2), rel=1e-6)  # no end of text in these shards
+
+
+def test_bits_per_byte_of_gpt2_tokens_made_elsewhere(train, tmp_path):
+    """Without meta.json tokens are GPT-2's; end of text has no bytes, and its loss counts."""
+    text = (Path(__file__).parent / "data/prose_200kB.txt").read_text("utf-8")
+    tokens = get_tokenizer("gpt2").encode_to_numpy(text)[: 3 * 4 * 32]
+    tokens = np.insert(tokens, 10, 50256)  # the inputs and targets of three batches
+    for split in ("train", "val"):
+        np.save(tmp_path / f"{split}_000000.npy", tokens)
+    _, streams = train(n_exp=1, vocab_size=50304, data_root=str(tmp_path), val_loss_steps=3, max_steps=1)
+    n_bytes = len(get_tokenizer("gpt2").decode_bytes(tokens[1 : 3 * 4 * 32 + 1])) - len("<|endoftext|>")
+    np.testing.assert_allclose(streams["val_bpb"][1], streams["val"][1] / np.log(2) * 3 * 4 * 32 / n_bytes, rtol=1e-6)
 
 
 def test_val_is_cross_entropy_alone(train, shards):
@@ -239,7 +278,7 @@ def test_same_seed_same_log_and_evaluation_leaves_no_trace(train):
 
 @pytest.mark.parametrize("settings", [
     NOISY | {"dropout": 0.1}, {"n_exp": 1}, {"use_bias_balance": True, "sample_from_model_every": 3},
-    {"optimizer": "adafactor"},
+    {"optimizer": "adafactor"}, {"optimizer": "muon", "use_aux_loss": True},
 ], ids=str)  # fmt: skip
 def test_a_resumed_run_is_the_run_left_alone(train, settings):
     settings = settings | {"save_checkpoint_every": 3, "keep_checkpoints": 9}
@@ -418,7 +457,8 @@ def test_eval_only_prints_train_and_val_loss(train, shards, capsys):
     assert trainer.run(trainer.Args(**settings, eval_only=True)) == 0
     said = capsys.readouterr().out.splitlines()
     val = runlog.read(log_of(name="dense"))["val"][1][-1]
-    assert said[0].startswith("train loss ") and said[1].startswith(f"val loss {val:.4f}")
+    assert said[0].startswith("train loss ") and said[1].startswith(f"val loss {val:.4f} nats per token, ")
+    assert f" {val / math.log(2):.4f} bits per byte" in said[1]
     assert len(list(Path("logs").glob("*.txt"))) == 1  # that of the dense run
 
 
@@ -433,6 +473,8 @@ def test_hellaswag_stream(train, tmp_path):
     Path("rows.jsonl").write_text("".join(json.dumps(row | {"ind": i}) + "\n" for i in range(6)))
     _, streams = train(hellaswag_every=5, hellaswag_data="rows.jsonl", max_steps=40, max_lr=1e-2)
     assert streams["hella"][0].tolist() == list(range(0, 41, 5)) and streams["hella"][1][-1] == 1.0
+    bits = streams["hella_bpb"][1]
+    assert bits[0] == pytest.approx(math.log2(257), abs=0.3) and bits[-1] < 4
     _, plain = train(max_steps=40, max_lr=1e-2, name="plain")
     assert plain["train"][1].tolist() == streams["train"][1].tolist()
 
