@@ -231,7 +231,8 @@ def test_with_all_experts_chosen_no_bias_moves():
 def test_a_models_quantile_bias(gate):
     """From the histograms of two micro-batches; gates are of unbiased scores; evaluation counts nothing."""
     model = GPT(GPTConfig(**TINY, n_exp=8, gate=gate, use_quantile_balance=True), torch.Generator().manual_seed(0))
-    router = model.moe_layers()[0][1].router
+    ((_, moe),) = model.moe_layers()
+    router = moe.router
     router.w_g.weight.data.mul_(10)
     model.transformer.h[0].ln_2.bias.data.fill_(1.0)  # common to all tokens: makes the load uneven
     batches = [torch.randint(61, (8, 32), generator=torch.Generator().manual_seed(s)) for s in range(2)]
@@ -247,7 +248,9 @@ def test_a_models_quantile_bias(gate):
         max_vio.append(model.router_stats(table)[0]["max_vio"])
         scores = torch.cat([routing.scores_TE for routing in seen])
         before = router.balance_bias.clone()
+        counted = moe.margins.clone()
         model.eval()(batches[0])
+        assert torch.equal(moe.margins, counted)
         model.train().update_balance_bias(table)
         expected = balance.quantile_step(balance.histogram(balance.margins(scores, before, 2)), 2)
         torch.testing.assert_close(router.balance_bias, expected)
