@@ -52,7 +52,7 @@ SCOPES = {"micro_batch": balance_in_micro_batch, "step": balance_in_step, "seque
 # ---------------------------------------------------------------------------------------------------------------------
 # The bias after a step
 
-BINS = 1000  # of a histogram of margins over [-LARGEST, LARGEST]
+BINS = 4000  # of a histogram of margins over [-LARGEST, LARGEST]; 1,000 are too coarse for many or peaked experts
 LARGEST = 1.0
 
 

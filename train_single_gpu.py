@@ -177,6 +177,8 @@ def train(run):
         if step > run.first_step and (step % args.save_checkpoint_every == 0 or late):
             save(run)
         evaluate(run)
+        if run.stop.requested and run.machine.world_size == 1:  # evaluation was cut short: it is due again on resume
+            return interrupt(run)
         if optim.is_over(step, args, progress.clock):
             return finish(run)
         position, began = run.loader.state_dict(), time.perf_counter()
@@ -294,8 +296,8 @@ def evaluate(run):
     """Validation, HellaSwag and samples, as far as they are due at this step."""
     args, step, streams = run.args, run.progress.step, {}
     if due(run, args.val_loss_every):
-        found = validate(run.raw_model, run.val_loader, args.val_loss_steps, run.machine, run.console)
-        streams |= logger.val_streams(found)
+        found = validate(run.raw_model, run.val_loader, args.val_loss_steps, run.machine, run.console, run.stop)
+        streams |= logger.val_streams(found) if found else {}
     every = args.val_loss_every if args.hellaswag_every is None else args.hellaswag_every
     if run.examples is not None and due(run, every):
         rank, world_size = run.machine.eval_share
@@ -326,20 +328,27 @@ class Validation(NamedTuple):
 
 
 @torch.no_grad()
-def validate(model, loader, steps, machine, console):
-    """Validation, in eval mode, over the first `steps` batches of the loader's split. One transfer to the host."""
+def validate(model, loader, steps, machine, console, stop=None):
+    """Validation, in eval mode, over the first `steps` batches of the loader's split. One transfer to the host.
+
+    None where a single process was told to stop.
+    """
     was_training = model.training
     model.eval()
     layers, columns = len(model.moe_layers()), GPT.COUNTS + model.config.n_exp
     lengths = torch.tensor(token_bytes(loader.tokenizer, loader.vocab_size), dtype=torch.float32, device=machine.device)
     rows, (rank, world_size) = [], machine.eval_share
     for i in console.bar_over(range(rank, steps, world_size), loader.split):
+        if stop and stop.requested and world_size == 1:
+            break
         x, y = loader.batch_at(i)
         with machine.autocast():
             loss = model(x, y).ce_loss
         table = [model.router_table()[:, :columns].flatten()] if layers else []
         rows.append(torch.cat([torch.stack([loss, lengths[y].sum(), torch.ones_like(loss)]), *table]))
     model.train(was_training)
+    if stop and stop.requested and machine.world_size == 1:
+        return None
     sums = torch.zeros(3 + layers * columns, dtype=torch.float64)
     sums += torch.stack(rows).cpu().double().sum(0) if rows else 0
     if machine.world_size > 1:

@@ -414,6 +414,26 @@ def test_ctrl_c_while_torch_is_imported():
     assert process.returncode == common.INTERRUPTED and said == ""
 
 
+def test_an_interrupt_within_a_validation_is_answered_at_once(train, monkeypatch):
+    """The validation is given up and made again on resume; the log is that of a run left alone."""
+    real, calls = trainer.DataLoader.batch_at, []
+
+    def batch_at(self, i):
+        calls.append(i)
+        if len(calls) == 20 + 3:  # in the validation at step 5
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, i)
+
+    settings = {"val_loss_steps": 20, "max_steps": 10}
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.DataLoader, "batch_at", batch_at)
+        code, streams = train(name="cut", **settings)
+    assert code == common.INTERRUPTED and len(calls) == 23 and streams["val"][0].tolist() == [0]
+    train(name="cut", resume="auto", **settings)
+    train(name="left", **settings)
+    assert lines(log_of("cut")) == lines(log_of("left"))
+
+
 @pytest.mark.slow
 def test_an_interrupt_within_a_step_keeps_the_run(shards, tmp_path, monkeypatch):
     """64 micro-batches per step: the step is given up, and resumed the log is that of a run left alone."""
