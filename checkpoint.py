@@ -310,7 +310,7 @@ def misfit(given, wanted):
 # ---------------------------------------------------------------------------------------------------------------------
 # A model from a checkpoint or from GPT-2's weights
 
-FIXED_BY_WEIGHTS = ("n_layer", "n_head", "n_embd", "bias")
+FIXED_BY_WEIGHTS = ("n_layer", "n_head", "n_embd", "bias", "qk_norm")  # a model of other values computes something else
 
 
 def load_model(path):

@@ -453,7 +453,7 @@ def parallelize(model, args, machine):
 
     if args.fsdp:
         return shard(model)
-    if args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu):
+    if is_compiled(args, machine):
         if machine.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
             raise UserError("--compile_on_cpu needs a C++ compiler: install g++, or leave it out")
         model = torch.compile(model)
@@ -463,6 +463,10 @@ def parallelize(model, args, machine):
     known = inspect.signature(DistributedDataParallel).parameters
     no_sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.13
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{no_sync: False})
+
+
+def is_compiled(args, machine):
+    return args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu) and not args.fsdp
 
 
 def shard(model):

@@ -344,7 +344,8 @@ def record_step(run, result, lr, seconds):
     """Bring Progress up to date, write the log lines of the step, show it."""
     args, progress, step = run.args, run.progress, run.progress.step
     tok_per_sec = args.total_batch_size / seconds
-    progress.hours += seconds / 3600
+    if step > run.first_step or not run.compiled:  # the first step of a compiled model compiles it
+        progress.hours += seconds / 3600
     streams = step_streams(args, step, result, progress, lr) | {"tok_per_sec": tok_per_sec, "hours": progress.hours}
     progress.skipped += not result.applied
     progress.skipped_in_a_row = 0 if result.applied else progress.skipped_in_a_row + 1

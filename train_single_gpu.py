@@ -150,6 +150,7 @@ class Run:
     folder: Path  # of the checkpoints
     stop: common.Stop
     first_step: int  # at which this process started or resumed
+    compiled: bool
     saved_at: float = dataclasses.field(default_factory=time.monotonic)  # time of the last checkpoint
 
 
@@ -501,7 +502,7 @@ def set_up(args, machine, stem, log_path, folder, console):
     log = common.together(lambda: logger.Log(args, machine, log_path, record, progress), machine)
     saver = checkpoint.BackgroundSaver(args.keep_checkpoints, console.warn_of_disk)
     run = Run(args, machine, raw_model, model, optimizer, loader, val_loader, tokenizer, examples, progress, record,
-              log, console, saver, folder, stop, progress.step)  # fmt: skip
+              log, console, saver, folder, stop, progress.step, common.is_compiled(args, machine))  # fmt: skip
     logger.print_header(run)
     return run
 

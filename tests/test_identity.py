@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY_RUN, flags, lines
 
 import checkpoint
@@ -380,6 +381,22 @@ def test_wrong_settings_are_one_line_and_leave_nothing(wrong, said, train):
     with pytest.raises(UserError, match=said) as error:
         train(**{"name": "x"} | wrong)
     assert "\n" not in str(error.value) and not list(Path().rglob("*.pt")) and not list(Path().rglob("log_*.txt"))
+
+
+@pytest.mark.parametrize("wrong", [{"n_embd": 100, "n_head": 2}, {"expert_hidden": 100}])
+def test_widths_that_cuda_cannot_read_are_refused(wrong):
+    args = trainer.Args(**TINY_RUN | {"n_exp": 4} | wrong)
+    on_cuda = common.Machine(torch.device("cuda"), torch.bfloat16, 0, 1, False)
+    with pytest.raises(UserError, match="100 is not a multiple of 8"):
+        trainer.check_widths(args, on_cuda)
+    trainer.check_widths(args, on_cuda._replace(device=torch.device("cpu")))
+    trainer.check_widths(args, on_cuda._replace(dtype=torch.float32))
+
+
+def test_weights_without_qk_norm_are_not_read_into_a_model_with_it(train):
+    train(name="source", max_steps=1)
+    with pytest.raises(UserError, match="qk_norm"):
+        train(name="a", init_from="checkpoints/source_test_seed_1337", qk_norm=True)
 
 
 def test_settings_without_effect_are_named(train, capsys):
