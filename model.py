@@ -44,8 +44,8 @@ class GPTConfig(MoESettings):
     n_layer: Positive = 12  # Transformer blocks
     n_head: Positive = 12  # Attention heads per block
     n_embd: Positive = 768  # Width
-    bias: bool = True  # Biases in Linears, LayerNorms and experts, as in GPT-2
     dropout: Fraction = 0.0  # Dropout rate: 0 for pretraining, 0.1 and more for finetuning
+    bias: bool = True  # Biases in Linears, LayerNorms and experts, as in GPT-2
     mlp_init: Literal[MLP_INITS] = "gpt2"  # All MLPs, dense and experts; switch_fc: their first product alone
     mlp_init_scale: FiniteAboveZero = 1.0  # Scale of mlp_init switch and switch_fc; the paper recommends 0.1
     qk_norm: bool = False  # RMS norm of queries and keys per head

@@ -90,7 +90,7 @@ ROUTER_LOSSES = {
 ExpertWidth = Positive | Literal["iso"] | None
 
 
-@dataclass
+@dataclass(kw_only=True)  # the positional arguments of GPTConfig stay GPT-2's
 class MoESettings:
     """Settings of the MoE layers; a part of GPTConfig, which has n_embd, n_layer and the checks of single values."""
 

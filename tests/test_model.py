@@ -177,6 +177,12 @@ def test_flops_per_token():
     assert moe.estimate_flops_per_token(1024) / dense.estimate_flops_per_token(1024) == pytest.approx(1.20, abs=0.002)
 
 
+def test_positional_settings_are_those_of_nanogpt():
+    config = GPTConfig(8, 32, 1, 2, 16, 0.5, False, n_exp=4)
+    names = ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "n_exp")
+    assert [getattr(config, name) for name in names] == [8, 32, 1, 2, 16, 0.5, False, 4]
+
+
 def test_parameter_names_are_gpt2s_and_the_published_ones():
     names = set(make(n_exp=4, use_noisy_top_k=True).state_dict())
     assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.ln_f.bias", "lm_head.weight",
