@@ -34,7 +34,7 @@ VARIANTS = {
     "frozen": {"freeze_router": True, "first_dense": 1, "use_noisy_top_k": True, "noise_scale": 0.4},
     "stability": {"n_exp": 1, "qk_norm": True, "output_z_loss_weight": 1e-2, "mlp_init": "switch"},
 }
-SETTINGS = TINY_RUN | {"n_embd": 16, "B": 2, "max_steps": 20, "val_loss_steps": 3, "progress": "lines"}
+SETTINGS = TINY_RUN | {"n_embd": 16, "B": 2, "max_steps": 9, "val_loss_steps": 3, "progress": "lines"}
 
 
 def launch(n, folder, runs, timeout=600):
@@ -67,17 +67,17 @@ def test_n_processes_make_the_run_of_one(n, alone, shards, tmp_path):
 
 
 def test_a_checkpoint_of_two_ranks_continues_on_one_and_sharded(alone, shards, tmp_path):
-    """2 ranks to step 7, then 1 process, then 2 sharded ranks: the run of one process."""
-    common = {"data_root": str(shards), "save_checkpoint_every": 7, "use_aux_loss": True, "use_router_z_loss": True,
+    """2 ranks to step 3, then 1 process, then 2 sharded ranks: the run of one process."""
+    common = {"data_root": str(shards), "save_checkpoint_every": 3, "use_aux_loss": True, "use_router_z_loss": True,
               "router_use_full_prec": True, "name": "aux", "keep_checkpoints": 9}  # fmt: skip
     launch(2, tmp_path, [common])
     folder = tmp_path / "aux_test_seed_1337"
-    for n, last, fsdp in ((1, 7, False), (2, 14, True), (1, 14, False)):
+    for n, last, fsdp in ((1, 3, False), (2, 6, True), (1, 6, False)):
         for path in checkpoint.checkpoints(folder):
             if checkpoint.step_of(path) > last:
                 path.unlink()
         (log,) = launch(n, tmp_path, [common | {"resume": "auto", "fsdp": fsdp}]).values()
-        assert log["train"][0].tolist() == list(range(20))
+        assert log["train"][0].tolist() == list(range(9))
         np.testing.assert_allclose(log["train"][1], alone["aux"]["train"][1], rtol=1e-5)
         np.testing.assert_allclose(log["val"][1], alone["aux"]["val"][1], rtol=1e-5)
 
@@ -85,7 +85,7 @@ def test_a_checkpoint_of_two_ranks_continues_on_one_and_sharded(alone, shards, t
 def test_sharded_ranks_make_the_run_of_one_and_hold_their_part(alone, shards, tmp_path):
     runs = [
         {"name": name, "data_root": str(shards), "fsdp": True} | VARIANTS[name]
-        for name in ("no_moe", "aux", "balance", "narrow", "quantile", "frozen", "stability")
+        for name in ("no_moe", "aux", "balance", "quantile", "frozen", "stability")
     ]
     together = launch(2, tmp_path, runs)
     for name, streams in together.items():
@@ -177,12 +177,12 @@ def test_a_killed_rank_ends_the_job_and_it_can_be_resumed(shards, tmp_path):
 
 def test_ranks_that_share_no_disk_resume_the_same_run(alone, shards, tmp_path):
     """Rank 0 loads, the others get step and weights from it, whatever lies in their own folder."""
-    common = {"name": "moe", "data_root": str(shards), "save_checkpoint_every": 7, "keep_checkpoints": 9}
+    common = {"name": "moe", "data_root": str(shards), "save_checkpoint_every": 3, "keep_checkpoints": 9}
     folders = {"checkpoint_dir": str(tmp_path / "{rank}"), "logs_dir": str(tmp_path)}
     launch(2, tmp_path, [common | folders])
     assert not (tmp_path / "1").exists()
     for path in checkpoint.checkpoints(tmp_path / "0" / "moe_test_seed_1337"):
-        if checkpoint.step_of(path) > 7:
+        if checkpoint.step_of(path) > 3:
             path.unlink()
     (log,) = launch(2, tmp_path, [common | folders | {"resume": "auto"}]).values()
     np.testing.assert_allclose(log["train"][1], alone["moe"]["train"][1], rtol=1e-5)
@@ -190,7 +190,7 @@ def test_ranks_that_share_no_disk_resume_the_same_run(alone, shards, tmp_path):
 
 
 @pytest.mark.parametrize("wrong, said", [
-    ({"max_lr": "fast"}, "error: Error parsing --max-lr"), ({"n_head": 5}, "error: --n_embd 16 is not divisible"),
+    ({"max_lr": "fast"}, "error: Error parsing --max-lr"),
     ({"data_root": "nowhere"}, "error: cannot read the folder nowhere"),
 ], ids=str)  # fmt: skip
 def test_an_error_of_all_ranks_is_one_line(wrong, said, shards, tmp_path):
