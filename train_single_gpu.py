@@ -581,7 +581,7 @@ def run(args):
         log_path = runlog.log_path(args.logs_dir, args.name, args.run_id, args.seed)
     folder = Path(args.checkpoint_dir) / stem
     with contextlib.ExitStack() as locks:
-        common.together(lambda: machine.is_main and hold(args, [log_path, folder], locks), machine)
+        common.together(lambda: machine.is_main and hold(args, [log_path, folder / "writer"], locks), machine)
         run = set_up(args, machine, stem, log_path, folder, logger.Console(args, machine))
         try:
             return train(run)
@@ -592,7 +592,10 @@ def run(args):
 
 
 def hold(args, paths, locks):
-    """Lock the log and the checkpoints of the run, each against any other run that would write it."""
+    """Lock the log and the checkpoints of the run, each against any other run that would write it.
+
+    The lock of the checkpoints lies in their folder, so that `checkpoints/NAME*` matches folders alone.
+    """
     common.check_writable(args.logs_dir, "--logs_dir")
     for path in paths if args.save_checkpoint or args.resume else paths[:1]:
         locks.enter_context(common.lock(path, "wait for it, or choose another --run_id"))

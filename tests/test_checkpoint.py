@@ -687,6 +687,7 @@ def test_folders_without_weights_are_named(tmp_path):
         checkpoint.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_without_a_network_the_remedy_is_printed(tmp_path):
     code = "import common, checkpoint; common.run(lambda: checkpoint.from_pretrained('gpt2'))"
     result = subprocess.run(

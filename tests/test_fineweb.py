@@ -492,6 +492,7 @@ def test_damaged_or_foreign_folders_are_refused(tmp_path, monkeypatch):
 # Data sets
 
 
+@pytest.mark.slow
 def test_local_dataset(tmp_path, stdlib_shards):
     """`datasets` itself, streaming parquet files with FineWeb's columns."""
     texts = prose(300)

@@ -100,6 +100,7 @@ def test_losses_are_those_of_one_by_one(build, block_size):
 
 
 @pytest.mark.parametrize("name, block_size", [("gpt2", 1024), ("gpt2", 40), ("bytes", 1024), ("bytes", 200)])
+@pytest.mark.slow
 def test_predictions_on_real_examples_are_those_of_one_by_one(name, block_size):
     tokenizer = get_tokenizer(name)
     examples = hellaswag.tokenize(hellaswag.load_examples(REAL), tokenizer)
@@ -419,6 +420,7 @@ def script(folder, *args, **options):
 RUN = ["--checkpoint", "step_000001.pt", "--data", "h.jsonl", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_the_script_writes_what_it_prints(folder):
     done = script(folder, *RUN, "--out", "out.json", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert done.returncode == 0, done.stderr
@@ -485,6 +487,7 @@ def test_a_full_disk_is_found_before_the_evaluation(folder, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_result_is_written_where_stdout_is_full(folder):
     with open("/dev/full", "w") as full:
         done = script(folder, *RUN, "--out", "full.json", stdout=full)

@@ -382,6 +382,7 @@ common.run(lambda: checkpoint.export_hf(model, sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing_and_the_earlier_export_whole(tmp_path):
     """A limit on file size stands for the full disk: the same OSError at the same place."""
     for target in ("out", "new"):

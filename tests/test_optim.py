@@ -48,6 +48,7 @@ def test_with_max_minutes_the_schedule_follows_the_clock(schedule, halfway, late
     assert optim.is_over(5, args, 1.0) and not optim.is_over(5, args, 0.99)
 
 
+@pytest.mark.slow
 def test_a_run_of_fixed_minutes_ends_by_the_clock_and_keeps_it_on_resume(train):
     settings = {"name": "a", "max_minutes": 0.02, "max_steps": 100_000, "val_loss_every": 50}
     code, streams = train(**settings)

@@ -354,6 +354,7 @@ def make_page(main, tmp_path, **settings):
 LOOKS = "spans.map(span => Number(span.dataset.e))"
 
 
+@pytest.mark.slow
 def test_the_page_draws_the_routes_and_its_controls_change_them(page, main, tmp_path):
     url, data = make_page(main, tmp_path)
     page.open(url)
@@ -402,6 +403,7 @@ def test_the_tables_of_the_page_follow_the_layer(page, main, tmp_path):
     assert page.js("document.getElementById('stability-part').hidden") is True
 
 
+@pytest.mark.slow
 def test_pointing_at_a_token_shows_all_its_experts(page, main, tmp_path):
     url, data = make_page(main, tmp_path)
     page.open(url)
@@ -415,6 +417,7 @@ def test_pointing_at_a_token_shows_all_its_experts(page, main, tmp_path):
     assert page.js("getComputedStyle(document.getElementById('tip')).display") == "none"
 
 
+@pytest.mark.slow
 def test_64_experts_look_different_and_top_1_has_no_pairs(page, main, tmp_path):
     url, _ = make_page(main, tmp_path, n_exp=64, top_k=1, gate="softmax")
     page.open(url)
@@ -428,6 +431,7 @@ def test_64_experts_look_different_and_top_1_has_no_pairs(page, main, tmp_path):
 
 
 @pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.slow
 def test_the_page_fits_a_phone(page, main, tmp_path, width):
     url, _ = make_page(main, tmp_path)
     page.open(url, width, 800)

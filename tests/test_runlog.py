@@ -515,6 +515,7 @@ def test_spikes_of_a_published_log_of_every_50th_step_are_unknown():
     assert runlog.spike_steps(runlog.read(PUBLISHED_LOG)) is None
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     log = write_log(tmp_path / "logs" / "log_moe_a_seed_1.txt", max_lr=0.1)
     for paths in ([log], [log, log.with_suffix(".json")], [log.parent]):

@@ -365,6 +365,7 @@ def test_the_script_prints_samples(main, run_folder):
     assert main("--checkpoint", run_folder, "--max_new_tokens", 3, "--top_k", "None", "--top_p", 0.9).err == ""
 
 
+@pytest.mark.slow
 def test_the_script_takes_a_file_longer_than_the_window(run_folder, tmp_path):
     (tmp_path / "prompt.txt").write_text("in a file, longer than the window ✓", encoding="utf-8")
     result = script("--checkpoint", run_folder / "step_000001.pt", "--prompt_file", tmp_path / "prompt.txt",
@@ -414,6 +415,7 @@ def test_wrong_inputs_exit_2_and_name_the_fix(main, run_folder, tmp_path, capsys
     assert b"--temperature" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_prints_the_text_so_far_and_exits_130(run_folder):
     command = [sys.executable, "sample.py", "--checkpoint", str(run_folder), "--prompt", "start", "--num_samples", "2",
                "--max_new_tokens", "1000000", "--temperature", "0"]  # fmt: skip
@@ -431,12 +433,14 @@ def test_ctrl_c_prints_the_text_so_far_and_exits_130(run_folder):
     assert all(text.strip("\n").startswith("start") for text in samples)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error(run_folder):
     command = f"{sys.executable} sample.py --checkpoint {run_folder} --max_new_tokens 9999 --temperature 0 | head -c 20"
     result = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, timeout=600)
     assert (result.returncode, result.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 def test_a_full_stdout_is_one_line_and_exit_code_2(run_folder):
     with open("/dev/full", "w") as full:
         result = script("--checkpoint", run_folder, capture_output=False, stdout=full, stderr=subprocess.PIPE)

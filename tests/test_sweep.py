@@ -235,6 +235,7 @@ def test_dry_run(call, tmp_path):
         (["--slurm", "partition=a,time=soon"], "time 'soon' is none of minutes"),
     ],
 )
+@pytest.mark.slow
 def test_refused(call, tmp_path, argv, message):
     assert message in call(*argv)[1]
     assert not list(tmp_path.glob("logs/log_*"))
@@ -245,6 +246,7 @@ def test_help_lists_the_variants_and_the_double_dash(tmp_path):
     assert all(name in out for name in sweep.VARIANTS) and "What follows `--`" in out
 
 
+@pytest.mark.slow
 def test_an_unknown_train_flag_is_refused_in_the_trainers_words(tmp_path):
     process = start(tmp_path, "--", "--max_step", "5")
     assert "did you mean --max-steps? (see train_single_gpu.py --help)" in process.communicate()[1]
@@ -556,5 +558,6 @@ def test_submitit_job_resumes_after_preemption(tmp_path, shards):
 
 
 @pytest.mark.skipif(shutil.which("sbatch") is not None, reason="a SLURM cluster is here")
+@pytest.mark.slow
 def test_without_slurm_the_user_is_told(call, shards):
     assert call("--slurm", "partition=a", *train_flags(shards))[1].startswith("--slurm partition=a: ")

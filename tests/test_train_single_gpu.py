@@ -334,6 +334,7 @@ def test_settings_that_differ_from_the_checkpoint(train, capsys):
     assert "--B was 4 in the checkpoint and is 8 now" in said and "--max_steps was 4" in said
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(train, tmp_path, shards):
     settings = {"max_steps": 400, "data_root": str(shards), "save_checkpoint_every": 1000, **NOISY}
     process = subprocess.Popen(command(name="cut", **settings), stdout=subprocess.PIPE, text=True)
@@ -355,6 +356,7 @@ def test_sigterm_saves_and_the_run_goes_on(train, tmp_path, shards):
     assert cut["train"][0].tolist() == list(range(stopped + 10))
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_name_at_once(tmp_path, shards, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = subprocess.Popen(command(data_root=shards, max_steps=100_000), stdout=subprocess.PIPE, text=True)
@@ -486,6 +488,7 @@ def test_wandb_offline(train, monkeypatch):
     assert list(Path("wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_shards_that_change_under_a_running_job(train, shards, tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
