@@ -7,7 +7,7 @@ demo: .venv/run
 	$(RUN) demo.py
 
 test: lint
-	$(RUN) -m pytest -n 2 --dist loadgroup
+	$(RUN) -m pytest -n 2
 
 test-eval: .venv/eval
 	$(RUN) -m pytest tests/test_lm_eval.py

@@ -515,7 +515,9 @@ def build_model(args, machine, state):
     """The bare model on its device: from scratch, from --init_from, or empty where a checkpoint follows."""
     generator = torch.Generator().manual_seed(args.seed)
     if state is not None:
-        model = GPT(checkpoint.config_of(state["config"], "the checkpoint"), generator)
+        config = checkpoint.config_of(state["config"], "the checkpoint")
+        logger.check_memory(args, config, machine)
+        model = GPT(config, generator)
     elif args.init_from == "scratch":
         logger.check_memory(args, model_config(args), machine)
         model = GPT(model_config(args), generator)

@@ -120,7 +120,6 @@ def results(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", bench.BENCHES)
-@pytest.mark.xdist_group("bench")
 def test_subcommand_writes_whole_json(results, name):
     paths = sorted(results.glob(f"{name}_cpu_*.json"))
     assert len(paths) == (2 if name in ("step", "moe") else 1)
@@ -135,7 +134,6 @@ def test_subcommand_writes_whole_json(results, name):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bench")
 def test_every_moe_variant_of_step_has_router_statistics(results):
     rows = json.loads((results / "step_cpu_float32.json").read_text())["rows"]
     assert {row["variant"] for row in rows} == set(bench.steps.VARIANTS)
@@ -143,7 +141,6 @@ def test_every_moe_variant_of_step_has_router_statistics(results):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bench")
 def test_fast_implementations_give_the_results_of_the_baselines(results):
     for name in ("hellaswag", "sample"):
         rows = json.loads((results / f"{name}_cpu_float32.json").read_text())["rows"]
@@ -151,7 +148,6 @@ def test_fast_implementations_give_the_results_of_the_baselines(results):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("bench")
 def test_memory_is_linear_and_one_hot_is_not(results):
     """At these sizes the fixed part is small, so compare the slopes of the two steps."""
     rows = json.loads((results / "scale_cpu_float32.json").read_text())["rows"]

@@ -15,7 +15,7 @@ from conftest import TINY_RUN, flags
 import checkpoint
 import runlog
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("distributed")]  # one worker: they share runs
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 VARIANTS = {
