@@ -384,6 +384,18 @@ def choose_device(name):
         raise UserError(f"--device {name} is not available on this machine: try --device auto") from None
 
 
+def free_memory(device):
+    """Bytes that are free on the device; inf where the system does not tell."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):  # no Linux
+        return math.inf
+
+
 class Machine(NamedTuple):
     """Where a run computes: device, type of matrix products, and which of how many ranks this process is."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import common
 import identity
 import runlog
 from common import UserError, atomic_write
@@ -165,20 +166,10 @@ def needed_bytes(args, config, machine):
     }
 
 
-def free_bytes(device):
-    """Memory free on the device, None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    return None
-
-
 def check_memory(args, config, machine):
     """UserError, with the numbers, where the run cannot fit into the memory that is free."""
-    needed, free = needed_bytes(args, config, machine), free_bytes(machine.device)
-    if free is not None and sum(needed.values()) > free:
+    needed, free = needed_bytes(args, config, machine), common.free_memory(machine.device)
+    if sum(needed.values()) > free:
         parts = ", ".join(f"{part} {size / 1e9:,.1f}" for part, size in needed.items())
         remedy = "lower --B, or choose a smaller model, or --optimizer adafactor"
         needs = f"the run needs at least {sum(needed.values()) / 1e9:,.1f} GB ({parts})"

@@ -15,7 +15,6 @@ of the batch; this makes the cache exact for a MoE too.
 import codecs
 import contextlib
 import math
-import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,19 +43,9 @@ def attention_without_cudnn(device):
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def free_memory(device):
-    """Bytes that are free on the device; inf where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
-    except (OSError, TypeError):  # no Linux
-        return math.inf
-
-
 def require_memory(each, count, device, flag):
     """UserError, naming the flag that sets `count`, if count times `each` bytes are not free."""
-    free = free_memory(device)
+    free = common.free_memory(device)
     if each * count > free:
         raise UserError(
             f"{flag} {count} needs about {each * count // 2**20:,} MiB of memory, {free // 2**20:,} MiB are free: "

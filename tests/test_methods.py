@@ -516,7 +516,7 @@ def test_the_z_loss_of_the_output_is_a_stream_and_not_in_val(train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["step", "all"])
+@pytest.mark.parametrize("method", ["step", "dense", "all"])
 def test_one_graph_per_mode(method):
     """fullgraph raises at a graph break; gradients equal the eager ones."""
     torch._dynamo.reset()
