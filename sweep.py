@@ -66,6 +66,7 @@ ALL_TRICKS = NOISY | AUX | Z | FULL_PREC | SWITCH_INIT
 SMALL_INIT = ALL_TRICKS | {"switch_tfm_init_scale": 0.1}
 ONE_SHARED = {"n_shared_exp": 1, "top_k": 1, "gate": "softmax"}  # as many active parameters as top 2
 ISO = {"expert_hidden": "iso"}  # as many active parameters as dense, but for the router
+QUARTER = AUX | ISO | {"n_exp": 16, "top_k": 4}
 QUANTILE = {"use_quantile_balance": True}
 SWITCH_MLP = {"mlp_init": "switch"}
 MLP_INIT = ("mlp_init", "mlp_init_scale")  # settings of variants that a dense model has too
@@ -93,8 +94,8 @@ NEW = (
     Variant("sigmoid", "sigmoid gate", "#AA4499", ":", "X", {"gate": "sigmoid"}),
 )
 METHODS = (  # the table of methods in README.md has the papers
-    Variant("half_width", "top 2 of 8, half width", "#E69F00", "-", "o", ISO),
-    Variant("quarter_width", "top 4 of 16, quarter width", "#56B4E9", "--", "s", ISO | {"n_exp": 16, "top_k": 4}),
+    Variant("half_width", "half width, balanced", "#E69F00", "-", "o", AUX | ISO),
+    Variant("quarter_width", "top 4 of 16, quarter width, balanced", "#56B4E9", "--", "s", QUARTER),
     Variant("shared_half_width", "1 shared + 1 of 8, half width", "#009E73", "-.", "^", ISO | ONE_SHARED),
     Variant("first_dense", "first layer dense", "#0072B2", ":", "D", {"first_dense": 1}),
     Variant("step_balance", "balance over the step", "#D55E00", "-", "v", AUX | {"balance_scope": "step"}),
