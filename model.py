@@ -169,6 +169,9 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
+        if config.balance_scope == "step":  # per MoE layer, of the step so far on all ranks: choices per expert, tokens
+            counts = torch.zeros(len(self.moe_layers()), config.n_exp + 1, dtype=torch.int64)
+            self.register_buffer("so_far", counts, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -246,10 +249,12 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x, of_layer = block(x, attn_mask, cache, dropless)
             for name, value in of_layer.items():
-                losses[name] = losses.get(name, 0.0) + value
+                losses.setdefault(name, []).append(value)
         if cache is not None:
             cache.length += S
-        return self.transformer.ln_f(x), losses
+        if "aux_loss" in losses and self.config.balance_scope == "step" and self.training:
+            losses["aux_loss"] = balance.losses_in_step(self.so_far, losses["aux_loss"], idx.numel())
+        return self.transformer.ln_f(x), {name: sum(of_layers) for name, of_layers in losses.items()}
 
     def new_cache(self, batch_size):
         """An empty KVCache for `batch_size` sequences, in the type the attention runs in."""
@@ -310,8 +315,7 @@ class GPT(nn.Module):
     def start_step(self):
         """Forget what the micro-batches of the last step have counted; a skipped step leaves nothing behind."""
         if self.config.balance_scope == "step":
-            for _, moe in self.moe_layers():
-                moe.so_far.zero_()
+            self.so_far.zero_()
 
     def num_params(self):
         """Parameters without the position embeddings, as nanoGPT counts; the tied output projection counts once."""

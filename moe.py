@@ -279,8 +279,6 @@ class MoE(nn.Module):
         self.register_buffer("stats", torch.zeros(self.COUNTS), persistent=False)  # see record()
         if config.use_quantile_balance:  # histogram of margins per expert
             self.register_buffer("margins", torch.zeros(config.n_exp, balance.BINS), persistent=False)
-        if config.balance_scope == "step":  # choices per expert, then tokens: of the step so far, over all ranks
-            self.register_buffer("so_far", torch.zeros(config.n_exp + 1, dtype=torch.int64), persistent=False)
 
     def capacity(self, n_tokens):
         """Most pairs that an expert takes, Switch eq. 3 with k choices; None where no pair can be dropped."""
@@ -302,7 +300,10 @@ class MoE(nn.Module):
         return Combine.apply(self.experts(x_ND, plan.ends_E), gate_TK, plan.row_N, plan.pair_N)
 
     def forward(self, x, dropless=False):
-        """x (B, S, D) -> output (B, S, D) and {name: scalar} of the router losses that are on."""
+        """x (B, S, D) -> output (B, S, D) and {name: scalar} of the router losses that are on.
+
+        With balance_scope step the load-balance loss is still a pair of vectors in training (balance.py).
+        """
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(x_TD)
         plan = sort_by_expert(routing.expert_TK, self.config.n_exp)
