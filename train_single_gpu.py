@@ -38,6 +38,7 @@ import logger
 import optim
 import runlog
 import sample
+from checks import check_args, check_model, model_config
 from dataloader import DataLoader
 from identity import SHAPE, Changeable, Uncounted
 from model import GPT, MODEL_FIELDS, GPTConfig
@@ -122,7 +123,7 @@ class Args(GPTConfig):
     dist_timeout: Uncounted[Positive] = 600  # Seconds until ranks that wait for a dead one stop
 
     def __post_init__(self):
-        """Checked by check_args(), which names flags."""
+        """Checked by check_args() in checks.py, which names flags."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,61 +417,7 @@ def interrupt(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Setting up: settings, names and identity, what to resume
-
-
-def check_args(args, world_size):
-    """Validate settings before building anything. UserError names the flag and what to pass instead."""
-    common.check_settings(args)
-    per_micro_step = args.B * args.T * world_size
-    if args.total_batch_size % per_micro_step:
-        nearest = max(1, round(args.total_batch_size / per_micro_step)) * per_micro_step
-        ranks = f" x {world_size} ranks" if world_size > 1 else ""
-        raise UserError(
-            f"--total_batch_size {args.total_batch_size} is not a multiple of --B {args.B} x --T {args.T}{ranks}"
-            f" = {per_micro_step}; the nearest is --total_batch_size {nearest}"
-        )
-    if args.block_size is not None and args.block_size < args.T:
-        raise UserError(f"--T {args.T} is more than --block_size {args.block_size}: lower --T")
-    if args.min_lr is not None and args.min_lr > args.max_lr:
-        raise UserError(f"--min_lr {args.min_lr} is above --max_lr {args.max_lr}: lower it")
-    if args.decay_steps and args.schedule != "wsd":
-        raise UserError(f"--decay_steps {args.decay_steps} belongs to --schedule wsd: pass that, or leave it out")
-    if args.decay_steps and args.decay_steps > args.max_steps:
-        raise UserError(f"--decay_steps {args.decay_steps} is more than --max_steps {args.max_steps}: lower it")
-    if args.decay_steps and args.max_minutes:
-        raise UserError("--decay_steps counts steps, and --max_minutes sets the end by the clock: leave one out")
-    if args.fsdp and world_size == 1:
-        raise UserError("--fsdp shards over ranks: start with torchrun --nproc_per_node=N, or leave it out")
-    if args.fsdp and args.optimizer != "adamw":
-        raise UserError(f"--fsdp needs --optimizer adamw: {args.optimizer} needs whole parameters")
-    if args.muon_lr != identity.PUBLISHED["muon_lr"] and args.optimizer != "muon":
-        raise UserError(f"--muon_lr {args.muon_lr} belongs to --optimizer muon: pass that, or leave it out")
-    if args.optimizer == "muon" and not args.max_lr:
-        raise UserError("--optimizer muon needs a --max_lr above 0: the schedule is relative to it")
-    if args.name:
-        identity.run_stem(args.name, "0", args.seed)
-    if args.run_id:
-        identity.run_stem("name", args.run_id, args.seed)
-    model_config(args)
-
-
-def check_widths(args, machine):
-    """Grouped products in bfloat16 on CUDA read rows of whole 16 bytes."""
-    config = model_config(args)
-    if machine.device.type == "cuda" and machine.dtype == torch.bfloat16 and config.n_exp > 1:
-        for name, width in (("n_embd", config.n_embd), ("expert_hidden", config.hidden_of_expert)):
-            if width % 8:
-                raise UserError(f"--{name} {width} is not a multiple of 8, which CUDA needs in bfloat16: round it")
-
-
-def model_config(args):
-    """GPTConfig from the fields of Args that bear the same names."""
-    settings = {name: getattr(args, name) for name in MODEL_FIELDS}
-    try:
-        return GPTConfig(**settings | {"block_size": args.block_size or args.T})
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
+# Setting up: names and identity, what to resume
 
 
 def set_up(args, machine, stem, log_path, folder, console):
@@ -513,22 +460,21 @@ def set_up(args, machine, stem, log_path, folder, console):
 
 def build_model(args, machine, state):
     """The bare model on its device: from scratch, from --init_from, or empty where a checkpoint follows."""
-    generator = torch.Generator().manual_seed(args.seed)
+    generator, weights = torch.Generator().manual_seed(args.seed), None
     if state is not None:
         config = checkpoint.config_of(state["config"], "the checkpoint")
-        logger.check_memory(args, config, machine)
-        model = GPT(config, generator)
     elif args.init_from == "scratch":
-        logger.check_memory(args, model_config(args), machine)
-        model = GPT(model_config(args), generator)
+        config = model_config(args)
     else:
+        source, fields, weights, _ = checkpoint.read_source(args.init_from)
         given = {name: getattr(args, name) for name in MODEL_FIELDS}
         if args.eval_only:  # as it is: a dense model is not made into a MoE
             given = {}
-        overrides = {name: value for name, value in given.items() if name not in SHAPE or value != getattr(Args, name)}
-        model = checkpoint.init_from(args.init_from, overrides, generator)
-    if model.config.block_size < args.T:
-        raise UserError(f"--T {args.T} is more than the {model.config.block_size} positions of the model: lower --T")
+        shape = [name for name in SHAPE if given.get(name) == getattr(Args, name)]
+        given = {name: value for name, value in given.items() if value is not None and name not in shape}
+        config = checkpoint.config_of(fields | given, source)
+    check_model(config, args, machine)
+    model = GPT(config, generator) if weights is None else checkpoint.upcycle(fields, weights, given, source, generator)
     for name in SHAPE:  # as it is, for the record
         setattr(args, name, getattr(model.config, name))
     return model.to(machine.device)
@@ -575,7 +521,6 @@ def run(args):
         args.dtype = str(machine.dtype).removeprefix("torch.")
         if args.hellaswag_limit is None and machine.device.type == "cpu":
             args.hellaswag_limit = 200
-        check_widths(args, machine)
     if args.eval_only:
         return evaluate_only(args, machine)
     with common.same_on_every_rank():

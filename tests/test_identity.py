@@ -14,9 +14,9 @@ import torch
 from conftest import TINY_RUN, flags, lines
 
 import checkpoint
+import checks
 import common
 import identity
-import logger
 import runlog
 import train_single_gpu as trainer
 from common import UserError
@@ -252,6 +252,20 @@ def test_shape_flags_that_the_weights_contradict_are_refused(train):
         train(name="a", init_from="checkpoints/source_test_seed_1337", n_layer=3)
 
 
+def test_settings_of_experts_are_checked_against_the_shape_of_the_weights(train):
+    """Not against that of the flags: 3 does not divide 4 x 32, and 4 x 36 it does; 2 layers are not 12."""
+    shape = {name: getattr(trainer.Args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    for width in (32, 36):
+        train(name=f"source{width}", n_exp=1, n_embd=width, max_steps=1)
+    upcycled = shape | {"n_exp": 6, "top_k": 3, "max_steps": 1}
+    train(name="a", init_from="checkpoints/source36_test_seed_1337", expert_hidden="iso", **upcycled)
+    for wrong, said in (({"expert_hidden": "iso"}, "= 128 / 3"), ({"first_dense": 2}, "first_dense 2 of n_layer 2")):
+        with pytest.raises(UserError, match=said):
+            train(name="b", init_from="checkpoints/source32_test_seed_1337", **upcycled | wrong)
+    with pytest.raises(UserError, match="GB are free"):
+        train(name="b", init_from="checkpoints/source32_test_seed_1337", **upcycled | {"n_exp": 10**8})
+
+
 def test_the_record_tells_the_shape_of_the_weights(train, shards, tmp_path):
     train(name="source", max_steps=1)
     defaults = {name: getattr(trainer.Args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
@@ -385,12 +399,12 @@ def test_wrong_settings_are_one_line_and_leave_nothing(wrong, said, train):
 
 @pytest.mark.parametrize("wrong", [{"n_embd": 100, "n_head": 2}, {"expert_hidden": 100}])
 def test_widths_that_cuda_cannot_read_are_refused(wrong):
-    args = trainer.Args(**TINY_RUN | {"n_exp": 4} | wrong)
+    config = checks.model_config(trainer.Args(**TINY_RUN | {"n_exp": 4} | wrong))
     on_cuda = common.Machine(torch.device("cuda"), torch.bfloat16, 0, 1, False)
     with pytest.raises(UserError, match="100 is not a multiple of 8"):
-        trainer.check_widths(args, on_cuda)
-    trainer.check_widths(args, on_cuda._replace(device=torch.device("cpu")))
-    trainer.check_widths(args, on_cuda._replace(dtype=torch.float32))
+        checks.check_widths(config, on_cuda)
+    checks.check_widths(config, on_cuda._replace(device=torch.device("cpu")))
+    checks.check_widths(config, on_cuda._replace(dtype=torch.float32))
 
 
 def test_weights_without_qk_norm_are_not_read_into_a_model_with_it(train):
@@ -418,7 +432,7 @@ def test_parameters_are_counted_without_building_the_model():
     }
     for settings in ({}, {"n_exp": 4}, tricks, {"n_exp": 4, "bias": False}, narrow, shared):
         config = GPTConfig(n_layer=3, n_embd=16, n_head=2, block_size=8, vocab_size=50, **settings)
-        assert logger.count_params(config) == sum(p.numel() for p in GPT(config).parameters())
+        assert checks.count_params(config)[0] == sum(p.numel() for p in GPT(config).parameters())
 
 
 def test_ctrl_c_while_torch_is_imported():
