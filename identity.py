@@ -35,6 +35,7 @@ class Role(NamedTuple):
     fixed: bool  # a resumed run must have the same value
 
 
+SEEDS = ("seed", "data_seed")  # the settings in which the runs of a group differ
 Uncounted = Annotated[T, Role(counts=False, fixed=False)]
 Changeable = Annotated[T, Role(counts=True, fixed=False)]
 
@@ -97,7 +98,7 @@ def unpublished(settings):
 def identity(settings, without=()):
     """12 hex digits that two runs share only if their settings, from settings_of(), are equal.
 
-    `without=("seed",)` gives the identity of a group: runs that differ in their seeds alone.
+    `without=SEEDS` gives the identity of a group: runs that differ in their seeds alone.
     """
     counted = {name: value for name, value in unpublished(settings).items() if name not in without}
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
@@ -268,7 +269,7 @@ def settle(args, state, stem, log_path, say):
                 setattr(args, name, state["config"][name])
     record = state["record"]
     continues = run_stem(*(state["args"][name] for name in ("name", "run_id", "seed"))) == stem
-    parent = record["settings"].get("parent") if continues else f"{record['identity']}@{state['step']}"
+    parent = record["settings"].get("parent") if continues else f"{parent_identity(record, args)}@{state['step']}"
     if (
         parent and args.decay_steps and args.max_steps == type(args).max_steps
     ):  # a branch that decays from where it began
@@ -288,6 +289,13 @@ def settle(args, state, stem, log_path, say):
         return now, []
     change = [{"step": state["step"], "settings": {name: here for name, (_, here) in pairs.items()}}] if pairs else []
     return record["settings"], record["changes"] + change
+
+
+def parent_identity(record, args):
+    """The identity of the run of `record`, without the seeds that its branch has too: branches of other seeds, each of
+    its own parent, are one group."""
+    settings = record["settings"]
+    return identity(settings, without=[name for name in SEEDS if settings.get(name) == getattr(args, name)])
 
 
 def check_fixed(args, pairs, continues):

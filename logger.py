@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import checks
 import identity
+import optim
 import runlog
 from common import UserError, atomic_write
 
@@ -293,7 +294,7 @@ def record_step(run, result, lr, seconds):
 
 
 def step_streams(args, step, result, progress, lr):
-    """{stream: value} of one step, the clock apart."""
+    """{stream: value} of one step, the clock apart; per layer where a validation is due, and in the last step."""
     streams = {"train": result.ce_loss, **result.losses, "lr": lr, "grad_norm": result.grad_norm}
     router = result.router
     if router:
@@ -301,7 +302,7 @@ def step_streams(args, step, result, progress, lr):
             streams[stream] = sum(layer[name] for layer in router) / len(router)  # mean over the MoE layers
         streams["router_logit"] = max(layer["max_logit"] for layer in router)
         every = args.val_loss_every
-        if every > 0 and (step % every == 0 or step == args.max_steps - 1):
+        if every > 0 and (step % every == 0 or optim.is_over(step + 1, args, result.clock)):
             noise = ["noise_std"] if args.use_noisy_top_k else []
             streams |= layer_streams(router, ["max_vio", "drop_frac", "logit_std", *noise])
             streams |= {f"load_{layer['layer']}_{e}": load for layer in router for e, load in enumerate(layer["load"])}

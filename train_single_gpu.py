@@ -55,7 +55,7 @@ class Args(GPTConfig):
 
     To change a default of the model or of its mixture of experts (top_k, stride, gate, use_aux_loss, use_noisy_top_k,
     train_capacity, ...), write the field here with its new value, as n_exp does. `Changeable` settings may change when
-    a run is resumed; `Uncounted` ones cannot change its numbers; all others make it another run (runlog.py).
+    a run is resumed; `Uncounted` ones cannot change its numbers; all others make it another run (identity.py).
     """
 
     n_exp: Positive = 8  # Experts per MoE layer; 1 is the dense model

@@ -220,9 +220,20 @@ def test_a_branch_is_a_run_of_its_own(train):
     _, streams = train(name="a", max_steps=6, max_lr=1e-4, resume=path, run_id="fork")
     assert streams["train"][0].tolist() == [3, 4, 5]
     record = json.loads(log_of(run_id="fork").with_suffix(".json").read_text())
-    assert record["settings"]["parent"] == record_of()["identity"] + "@3" and record["settings"]["max_lr"] == 1e-4
+    parent = identity.identity(record_of()["settings"], without=identity.SEEDS)
+    assert record["settings"]["parent"] == f"{parent}@3" and record["settings"]["max_lr"] == 1e-4
     train(name="a", max_steps=8, max_lr=1e-4, resume="auto", run_id="fork")
     assert runlog.read(log_of(run_id="fork"))["train"][0].tolist() == [3, 4, 5, 6, 7]
+
+
+def test_branches_of_several_seeds_are_one_group(train):
+    for seed in (1, 2):
+        train(name="a", n_exp=1, seed=seed, data_seed=seed, max_steps=2)
+        path = f"checkpoints/a_test_seed_{seed}/step_000002.pt"
+        train(name="a", n_exp=1, seed=seed, data_seed=seed, max_steps=3, resume=path, run_id="fork")
+    train(name="a", n_exp=1, seed=3, data_seed=2, max_steps=3, resume=path, run_id="other")  # parent's seed is 2
+    groups = [[(run.run_id, run.seed) for run in group] for group in runlog.group(runlog.load_runs("logs"))]
+    assert sorted(map(sorted, groups)) == [[("fork", 1), ("fork", 2)], [("other", 3)], [("test", 1), ("test", 2)]]
 
 
 def test_eval_only_evaluates_the_run_it_is_told_to(train, shards, capsys):

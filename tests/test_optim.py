@@ -57,6 +57,7 @@ def test_a_run_of_fixed_minutes_ends_by_the_clock_and_keeps_it_on_resume(train):
     hours = streams["hours"][1]
     assert code == 0 and hours[-2] * 60 < 0.02 + 0.01 and len(streams["train"][0]) < 100_000
     assert streams["val"][0][-1] == streams["train"][0][-1] + 1  # the last validation is at the end
+    assert streams["load_0_3"][0][-1] == streams["max_vio_0"][0][-1] == streams["train"][0][-1]
     assert streams["lr"][1][-1] < 0.5 * max(streams["lr"][1])
     code, again = train(**settings | {"resume": "auto", "max_minutes": 0.03})
     assert code == 0 and again["hours"][1][len(hours) - 1] == hours[-1] < again["hours"][1][-1]
