@@ -44,6 +44,7 @@ from identity import PUBLISHED, name_part
 SEEDS = ("seed", "data_seed")  # the settings in which the runs of a group may differ
 LENGTH = ("max_steps", "max_minutes", "decay_steps", "parent")  # baselines for a power law differ in these alone
 SAME_VAL = ("data", "vocab_size", "val_loss_steps")  # losses are comparable only where these are equal
+SIZES = ("n_exp", "n_embd", "max_steps", "max_lr", "warmup_steps")  # groups of a variant are sorted by these
 FAILED = ("diverged", "stuck", "regressed")
 SIGNIFICANT = 0.05
 
@@ -83,9 +84,14 @@ def variant(runs):
 
 
 def in_order(groups):
-    """Groups in the order of the table of variants."""
+    """Groups in the order of the table of variants, those of one variant from small to large."""
     order = {name: i for i, name in enumerate(sweep.VARIANTS)}
-    return sorted(groups, key=lambda runs: order.get(variant(runs), len(order)))
+
+    def place(runs):
+        settings = runs[0].settings or {}
+        return order.get(variant(runs), len(order)), *(settings.get(name) or 0 for name in SIZES)
+
+    return sorted(groups, key=place)
 
 
 def differing(all_settings):
@@ -101,13 +107,23 @@ def differing(all_settings):
 
 
 def tell_apart(groups):
-    """For each group, as text, the settings that differ from the other groups of its variant; "" if it is alone."""
+    """For each group, as text, the settings that tell it from the other groups of its variant; "" if it is alone.
+
+    Values that more than half of all groups have are left out.
+    """
     names, texts = [variant(runs) for runs in groups], [""] * len(groups)
     for name in {name for name in names if names.count(name) > 1}:
         mine = [i for i, other in enumerate(names) if other == name]
         for i, found in zip(mine, differing([groups[i][0].settings for i in mine]), strict=True):
-            texts[i] = describe_group(groups[i][0], found)
+            special = {key: value for key, value in found.items() if not is_usual(groups, key, value)}
+            texts[i] = describe_group(groups[i][0], special)
     return texts
+
+
+def is_usual(groups, name, value):
+    """Whether more than half of the groups have this value of a setting."""
+    values = [(runs[0].settings or {}).get(name, PUBLISHED.get(name)) for runs in groups]
+    return values.count(value) > len(values) / 2
 
 
 def describe_group(run, settings):
@@ -289,12 +305,15 @@ def find_baselines(groups, spec):
     wanted = dict(pair.strip().partition("=")[::2] for pair in pairs)
     of_name = [i for i, runs in enumerate(groups) if name in (variant(runs), runs[0].name)]
     named = [i for i in of_name if all(has(groups[i][0], *pair) for pair in wanted.items())]
-    if not named:
-        there = "; ".join(tell_apart([groups[i] for i in of_name])) or ", ".join(dict.fromkeys(map(variant, groups)))
-        raise UserError(f"--baseline {spec}: no such runs; there are {there}")
-    if wanted and len(named) > 1:
-        texts = "; ".join(tell_apart([groups[i] for i in named]))
-        raise UserError(f"--baseline {spec}: {len(named)} groups fit ({texts}): add a setting, as name=value")
+    if not named and not of_name:
+        raise UserError(f"--baseline {spec}: no such runs; there are {', '.join(dict.fromkeys(map(variant, groups)))}")
+    if not named or (wanted and len(named) > 1):
+        runs = [groups[i][0] for i in named or of_name]
+        found = differing([run.settings for run in runs])
+        texts = "; ".join(describe_group(*pair) for pair in zip(runs, found, strict=True))
+        raise UserError(
+            f"--baseline {spec}: {len(named)} groups of that name fit ({texts}): give settings as name=value"
+        )
 
     def distance(i, j):
         return len(disagreement(groups[i], groups[j]))
@@ -386,8 +405,8 @@ def cells(table):
     shown["val"] = [spread(*pair, 4) for pair in zip(table.val_mean, table.val_std, strict=True)]
     shown.loc[table.mid_schedule, "val"] += "*"
     if "minus" in table:
-        several = table.baseline.nunique() > 1
-        shown["against"] = table.baseline.where(several & (table.outcome != "baseline"), "")
+        main = table.baseline[table.outcome == "baseline"]
+        shown["against"] = table.baseline.where(~table.baseline.isin(main), "")
         shown["minus baseline [95 %]"] = [
             interval(*row) for row in zip(table.minus, table.low, table.high, strict=True)
         ]

@@ -24,7 +24,7 @@ from common import UserError
 # ---------------------------------------------------------------------------------------------------------------------
 # Curves for the figures
 
-POINTS = 200  # kept of a stream that is logged every step
+POINTS = 100  # kept of a stream that is logged every step
 WHOLE = ("val", "val_bpb", "hella", "hella_bpb")  # never thinned: a mean over a steep part is not on the curve
 
 

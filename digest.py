@@ -32,8 +32,8 @@ HEAD = """# Digest of the logs
 
 Made by `python digest.py` from the logs in this folder; a test fails if it is stale. compare.py has the rules.
 
-val: the last validation loss in nats per token (per byte, if bytes are tokens), mean±standard deviation over the
-runs that did not fail. minus baseline: the difference with its 95 % interval. outcome: works, mixed, no difference seen,
+val: the last validation loss in nats per token (per byte, if bytes are tokens), mean±standard deviation over the runs
+that did not fail. minus baseline: the difference with its 95 % interval. outcome: works, mixed, no difference seen,
 harms, breaks. FLOPs: spent, relative to the baseline. max_vio, drop_frac: in training, mean over layers; worst_vio,
 val_drop: in validation, worst layer. A dash: not logged, or not defined.
 """

@@ -457,6 +457,8 @@ def thin_into(folder, runs):
     """A CSV of every run in `folder`, and the JSON beside its log."""
     common.check_writable(folder, "--thin")
     for run in runs:
+        if "max_steps" in (run.settings or {}) and state_of(run) == "ok" and not at_end(run):
+            print(f"{run.path} has not reached the end of its schedule", file=sys.stderr)
         out = Path(folder) / f"{run.path.stem}.csv"
         to_csv(run.path, out)
         record = run.path.with_suffix(".json")

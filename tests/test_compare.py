@@ -347,13 +347,12 @@ def test_each_group_has_the_baseline_of_its_shared_settings(tmp_path):
     rows = {(row.variant, row.settings): row for row in table.itertuples()}
     assert len(rows) == 6
     baselines = {key: row.baseline for key, row in rows.items()}
-    main = "no_moe max_steps 100, optimizer adamw"
-    assert baselines.pop(("only_moe", "optimizer muon")) == "no_moe max_steps 100, optimizer muon"
-    assert set(baselines.values()) == {main}
+    assert baselines.pop(("only_moe", "optimizer muon")) == "no_moe optimizer muon"
+    assert set(baselines.values()) == {"no_moe"}, "values that most groups have are not named"
     assert rows["only_moe", "optimizer muon"].minus == pytest.approx(-0.1, abs=0.005)
-    assert rows["only_moe", "optimizer adamw"].minus == pytest.approx(-0.4, abs=0.005)
+    assert rows["only_moe", ""].minus == pytest.approx(-0.4, abs=0.005)
     assert [row.outcome for row in rows.values()].count("baseline") == 1
-    assert rows["only_moe", "optimizer adamw"].test == "paired" and rows["only_moe", "optimizer adamw"].n == 3
+    assert rows["only_moe", ""].test == "paired" and rows["only_moe", ""].n == 3
 
 
 def test_a_baseline_with_settings_is_that_of_every_group(tmp_path):
@@ -368,8 +367,8 @@ def test_a_baseline_with_settings_is_that_of_every_group(tmp_path):
     ("spec", "words"),
     [
         ("absent", "no such runs; there are no_moe, only_moe, aux_only"),
-        ("no_moe,max_lr=7", "no such runs; there are max_steps 100"),
-        ("no_moe,max_steps=100", "2 groups fit"),
+        ("no_moe,max_lr=7", "0 groups of that name fit (max_steps 100, optimizer adamw; "),
+        ("no_moe,max_steps=100", "2 groups of that name fit (optimizer adamw; optimizer muon)"),
     ],
 )
 def test_a_baseline_that_is_not_there_is_one_line(tmp_path, spec, words):
