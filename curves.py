@@ -75,16 +75,6 @@ def band(runs, stream, axis="step"):
     return x, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
 
 
-def crossing(x, values, target):
-    """Where `values` first comes down to `target`, between the points by a straight line; nan if it never does."""
-    x, values = (np.asarray(column, dtype=float)[~np.isnan(values)] for column in (x, values))
-    below = np.flatnonzero(values <= target)
-    if not len(below):
-        return math.nan
-    i = below[0]
-    return float(x[i] if i == 0 else np.interp(-target, [-values[i - 1], -values[i]], [x[i - 1], x[i]]))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Effective speedup
 

@@ -117,12 +117,6 @@ def test_thin_gives_at_most_so_many_points(n):
     assert len(steps) == len(means) == min(n, curves.POINTS) and steps[-1] == n - 1
 
 
-def test_crossing_passes_over_nan():
-    x, values = np.arange(5.0), np.array([5, math.nan, 3, 1, math.nan])
-    assert curves.crossing(x, values, 2) == 2.5 and curves.crossing(x, values, 4) == 1
-    assert math.isnan(curves.crossing(x, values, 0)) and math.isnan(curves.crossing([], np.array([]), 0))
-
-
 def test_tokens_follow_a_batch_size_changed_on_resume():
     changes = [{"step": 10, "settings": {"total_batch_size": 30}}, {"step": 20, "settings": {"B": 1}}]
     run = runlog.Run("moe", "a", 1, {}, {"tokens_per_step": 100, "flops_per_token": 2, "changes": changes}, Path("log"))
