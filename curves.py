@@ -24,7 +24,7 @@ from common import UserError
 # ---------------------------------------------------------------------------------------------------------------------
 # Curves for the figures
 
-POINTS = 200  # kept of a stream that is logged every step
+POINTS = 100  # kept of a stream that is logged every step
 WHOLE = ("val", "val_bpb", "hella", "hella_bpb")  # never thinned: a mean over a steep part is not on the curve
 
 
@@ -73,16 +73,6 @@ def band(runs, stream, axis="step"):
     if stream not in WHOLE:
         x, values = thin(steps, x)[1], np.array([thin(steps, row)[1] for row in values])
     return x, values.mean(axis=0), values.min(axis=0), values.max(axis=0)
-
-
-def crossing(x, values, target):
-    """Where `values` first comes down to `target`, between the points by a straight line; nan if it never does."""
-    x, values = (np.asarray(column, dtype=float)[~np.isnan(values)] for column in (x, values))
-    below = np.flatnonzero(values <= target)
-    if not len(below):
-        return math.nan
-    i = below[0]
-    return float(x[i] if i == 0 else np.interp(-target, [-values[i - 1], -values[i]], [x[i - 1], x[i]]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

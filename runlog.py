@@ -1,8 +1,8 @@
-"""Reads the logs of runs, says how each run ended, and puts runs of equal settings together (logger.py writes logs).
+"""Reads the logs of runs and says how each run ended. logger.py writes logs, compare.py makes the table of them.
 
     python runlog.py logs                                        # a table of every log in a folder, a row per group
     python runlog.py logs/log_moe_*.txt --at_step 25250          # of these logs, at one step
-    python runlog.py logs --base no_moe                          # with effective speedups over those runs (curves.py)
+    python runlog.py logs --baseline no_moe                      # differences to dense with intervals (compare.py)
     python runlog.py logs --thin results/small                   # a small CSV per run, to be kept
     python runlog.py --published FOLDER --out results/published/curves.csv
 
@@ -43,9 +43,6 @@ versions and FLOPs per token of the run. The streams:
         spike                     1: train was SPIKE_MARGIN above the median of the steps before it
         skipped                   the update was dropped for a loss or gradient that is not finite; how many so far
         diverged                  1: the run ended for such a loss or gradient
-
-A group is the runs of one name whose settings differ in nothing but the seeds; identity.py says which settings count.
-Logs from before runs had an identity are grouped by the settings they recorded, logs without a JSON by their name.
 """
 
 import math
@@ -59,10 +56,9 @@ import numpy as np
 import tyro
 
 import common
-import curves
 from common import NotNegative, UserError, atomic_write
 from curves import WHOLE, thin
-from identity import PUBLISHED, identity, name_part, parse_stem, read_record, run_stem
+from identity import PUBLISHED, parse_stem, read_record, run_stem
 
 # train and hella as published, val with two digits more
 FORMATS = {"train": ".6f", "val": ".6f", "val_bpb": ".6f", "hella": ".4f", "hella_bpb": ".6f"}
@@ -86,7 +82,7 @@ STUCK_MIN_STEPS = 1000  # a shorter run may simply not have had the time
 UNFINISHED = 0.9  # unfinished: the run stopped before this part of the longest run of its group
 STATES = ("ok", "diverged", "stuck", "regressed", "died", "unfinished")
 
-SEEDS = ("seed", "data_seed")  # the settings in which the runs of a group may differ
+LOADS = ("max_vio", "worst_vio", "drop_frac", "val_drop")  # columns of table_of_runs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,10 +244,6 @@ def load_published(path):
     return runs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings and groups
-
-
 def recorded_settings(record):
     """{name: value} of the counted settings in the JSON beside a log, as they were at its end; None without any.
 
@@ -266,51 +258,6 @@ def recorded_settings(record):
     settings = {name: args[name] for name in PUBLISHED if name in args}
     settings |= {"dtype": record.get("dtype", args.get("dtype")), "data": args.get("data_root")}
     return settings | ({"block_size": None} if args.get("block_size") == args.get("T") else {})
-
-
-def group_key(run):
-    """Equal for the runs of one group: same name, same settings but for the seeds, same changes on resume."""
-    if run.settings is None:
-        return run.name, None
-    return run.name, identity(run.settings | {"changes": run.meta.get("changes") or None}, without=SEEDS)
-
-
-def group(runs):
-    """[runs of one group, ...] in the order of their first run."""
-    groups = {}
-    for run in runs:
-        groups.setdefault(group_key(run), []).append(run)
-    return list(groups.values())
-
-
-def differing(all_settings):
-    """For each of several settings, {name: value} of the names in which they differ, most values first; {} for None."""
-    known = [settings for settings in all_settings if settings is not None]
-    names = dict.fromkeys(name for settings in known for name in settings if name not in SEEDS)
-    distinct = {name: len({str(settings.get(name, PUBLISHED.get(name))) for settings in known}) for name in names}
-    differ = sorted((name for name in names if distinct[name] > 1), key=lambda name: -distinct[name])
-    return [
-        {} if settings is None else {name: settings.get(name, PUBLISHED.get(name)) for name in differ}
-        for settings in all_settings
-    ]
-
-
-def tell_apart(groups):
-    """For each group, as text, the settings that differ from the other groups of its name; "" if it is alone."""
-    texts = {}
-    for name in dict.fromkeys(runs[0].name for runs in groups):
-        mine = [i for i, runs in enumerate(groups) if runs[0].name == name]
-        for i, found in zip(mine, differing([groups[i][0].settings for i in mine]), strict=True):
-            texts[i] = describe_group(groups[i][0], found) if len(mine) > 1 else ""
-    return [texts[i] for i in range(len(groups))]
-
-
-def describe_group(run, settings):
-    """Settings as text: `max_lr 0.016, stride 1`; and the steps at which the run was resumed with other ones."""
-    if run.settings is None:
-        return "no settings recorded"
-    words = [name_part(*pair).replace("_" + str(pair[1]), " " + str(pair[1])) for pair in settings.items()]
-    return ", ".join([*words, *(f"changed at step {change['step']}" for change in run.meta.get("changes", []))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,8 +327,9 @@ def state_of(run):
     return "stuck" if stuck(run) else "regressed" if regressed(run.streams) else "ok"
 
 
-def at_end(run):
+def at_end(run, at_step=None):
     """True if the last val is that of the end of the run's schedule: at max_steps, or at max_minutes of training."""
+    run = cut(run, at_step)
     settings, step = run.settings or {}, run.streams.get("val", ([0], None))[0][-1]
     last, hours = (column[-1] for column in run.streams.get("hours", ([0], [0.0])))
     in_time = step > last and 60 * hours >= (settings.get("max_minutes") or math.inf)
@@ -400,31 +348,18 @@ def up_to(streams, step):
     return {name: columns for name, columns in cut.items() if len(columns[0])}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-
-
-def summary(paths, at_step=None):
-    """A pandas.DataFrame with one row per group, from logs, thinned CSVs, folders or `Run`s.
-
-    variant: the name; settings: those that differ from the other groups of that name; runs, and how many of them
-    ended in each of the STATES but "ok". Then mean and standard deviation over the runs that are ok: the others are
-    counted, not averaged. `step` is the smallest last step averaged; spikes are per run, over all runs, nan where a run
-    does not tell. The other columns as in `table_of_runs`.
-    """
-    import pandas as pd
-
-    groups = group(as_runs(paths))
-    rows = [_row(runs, text, at_step) for runs, text in zip(groups, tell_apart(groups), strict=True)]
-    return pd.DataFrame(rows)
+def cut(run, at_step):
+    """The run up to a step; whole for None."""
+    return run if at_step is None else run._replace(streams=up_to(run.streams, at_step))
 
 
 def table_of_runs(paths, at_step=None):
     """A pandas.DataFrame with one row per run, from logs, thinned CSVs, folders or `Run`s.
 
     val, hella: last. best_val, best_hella: the best. tok_per_sec: median over all steps. max_vio, drop_frac: median
-    over the last quarter of the steps. nan for a stream that the log does not have. With `at_step`, logs are read only
-    as far as that step, and a run that has no val there is unfinished.
+    over the last quarter of the steps. worst_vio, val_drop: of the layer where it is largest, in the last validation.
+    nan for a stream that the log does not have. With `at_step`, logs are read only as far as that step, and a run that
+    has no val there is unfinished.
     """
     import pandas as pd
 
@@ -435,18 +370,17 @@ def as_runs(paths):
     """Runs as they are, anything else through load_runs()."""
     if isinstance(paths, (str, Path)):
         return load_runs(paths)
-    return list(paths) if all(isinstance(path, Run) for path in paths) else load_runs(paths)
+    return list(paths) if all(hasattr(path, "streams") for path in paths) else load_runs(paths)
 
 
 _COLUMNS = (
     *("name", "run_id", "seed", "state", "step", "val", "best_val", "hella", "best_hella"),
-    *("spikes", "tok_per_sec", "max_vio", "drop_frac"),
+    *("spikes", "tok_per_sec", *LOADS),
 )
 
 
 def _measure(run, at_step):
-    if at_step is not None:
-        run = run._replace(streams=up_to(run.streams, at_step))
+    run = cut(run, at_step)
     streams, spikes = run.streams, spike_steps(run.streams)
     step = int(streams["val"][0][-1]) if "val" in streams else 0
     state = state_of(run)
@@ -465,7 +399,9 @@ def _measure(run, at_step):
         "spikes": math.nan if spikes is None else len(spikes),
         "tok_per_sec": _of(streams, "tok_per_sec", np.median),
         "max_vio": _last_quarter(streams, "max_vio"),
+        "worst_vio": _worst(streams, "val_max_vio_"),
         "drop_frac": _last_quarter(streams, "drop_frac"),
+        "val_drop": _worst(streams, "val_drop_frac_"),
     }
 
 
@@ -473,99 +409,15 @@ def _of(streams, name, measure):
     return float(measure(streams[name][1])) if name in streams else math.nan
 
 
+def _worst(streams, prefix):
+    return max(
+        (float(values[-1]) for name, (_, values) in streams.items() if name.startswith(prefix)), default=math.nan
+    )
+
+
 def _last_quarter(streams, name):
     steps, values = streams.get(name, (np.zeros(0), np.zeros(0)))
     return np.median(values[steps >= 0.75 * steps[-1]]) if len(values) else math.nan
-
-
-def _row(runs, settings, at_step):
-    table = table_of_runs(runs, at_step)
-    state = table.state.copy()
-    state[state.isin(("ok", "stuck")) & (table.step < UNFINISHED * table.step.max())] = "unfinished"
-    good = table[state == "ok"]
-    row = {"variant": runs[0].name, "settings": settings, "runs": len(table)}
-    row |= {word: int((state == word).sum()) for word in STATES[1:]}
-    row["step"] = int(good.step.min()) if len(good) else int(table.step.max())
-    for column in ("val", "best_val", "hella", "best_hella"):
-        row |= {f"{column}_mean": good[column].mean(), f"{column}_std": good[column].std()}
-    row["spikes"] = table.spikes.mean(skipna=False)
-    return row | {column: good[column].mean() for column in ("tok_per_sec", "max_vio", "drop_frac")}
-
-
-def add_speedups(table, runs, name):
-    """(summary(runs) with columns of the effective speedup over the runs called `name`, the fit in words).
-
-    curves.py has the formula. One value per pair of equal seeds, of runs that are ok and at the end of their schedule.
-    """
-    import pandas as pd
-
-    if name not in (names := {run.name for run in runs}):
-        raise UserError(f"--base {name}: no run of that name among {', '.join(sorted(names))}")
-    finals = {run.path: run for run in runs if state_of(run) == "ok" and at_end(run) and "tokens_per_step" in run.meta}
-    baselines = [run for run in finals.values() if run.name == name]
-    points = [(end.spent["tokens"], end.loss) for end in map(curves.final, baselines)]
-    try:
-        check_baselines(baselines)
-        law = curves.fit_power_law(points)
-    except UserError as error:
-        raise UserError(f"--base {name}: {error}") from None
-    rows = []
-    for members in group(runs):
-        others = [run for run in members if run.path in finals and run.name != name]
-        pairs = pd.DataFrame([curves.speedup_of_pair(run, baselines, law) for run in others])
-        pairs = pairs.reindex(columns=curves.CURRENCIES)
-        rows.append({f"x_{c}_mean": pairs[c].mean() for c in pairs} | {f"x_{c}_std": pairs[c].std() for c in pairs})
-    fit = f"val = {law.limit:.4f} + {law.scale:.4g} / tokens ** {law.exponent:.4f}"
-    lengths = len({tokens for tokens, _ in points})
-    words = (
-        f"x: effective speedup over {name} ({fit}, from {len(points)} runs of {lengths} lengths), one value per seed"
-    )
-    early = len(runs) - len(finals)
-    words += f"; {early} runs that failed or are not at the end of their schedule are left out" if early else ""
-    return table.join(pd.DataFrame(rows)), words
-
-
-def check_baselines(runs):
-    """UserError if runs of one length differ in their settings: a law is through one setting per length."""
-    of_length = {}
-    for members in group(runs):
-        for tokens in {curves.final(run).spent["tokens"] for run in members}:
-            of_length.setdefault(tokens, []).append(members[0])
-    for tokens, found in of_length.items():
-        names = [name for name in differing([run.settings for run in found])[0] if name != "parent"]
-        if names:  # branches of several seeds differ in their parents alone
-            raise UserError(
-                f"its runs of {tokens:,.0f} tokens differ in {', '.join(names)}: name the logs of one setting"
-            )
-
-
-def format_summary(table):
-    """The table as text: mean±std in one column, a dash where there is nothing; without columns that say nothing."""
-    counts = [state for state in STATES[1:] if state == "diverged" or table[state].any()]
-    shown = table[["variant", "runs", *counts, "step"]].copy()
-    if table.settings.any():
-        shown.insert(1, "settings", [shorten(text) for text in table.settings])
-    speedups = [f"x_{currency}" for currency in curves.CURRENCIES if f"x_{currency}_mean" in table]
-    for column in ("val", "best_val", "hella", "best_hella", *speedups):
-        digits, pairs = (
-            2 if column in speedups else 4,
-            zip(table[f"{column}_mean"], table[f"{column}_std"], strict=True),
-        )
-        shown[column] = [
-            dashed(mean, digits) + ("" if math.isnan(std) else f"±{std:.{digits}f}") for mean, std in pairs
-        ]
-    for column, digits in (("spikes", 1), ("tok_per_sec", 0), ("max_vio", 2)):
-        shown[column] = [dashed(value, digits) for value in table[column]]
-    return shown.to_string(index=False)
-
-
-def dashed(value, digits):
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def shorten(settings, most=4):
-    words = settings.split(", ")
-    return ", ".join(words[:most]) + (f", {len(words) - most} more" if len(words) > most else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -605,6 +457,8 @@ def thin_into(folder, runs):
     """A CSV of every run in `folder`, and the JSON beside its log."""
     common.check_writable(folder, "--thin")
     for run in runs:
+        if "max_steps" in (run.settings or {}) and state_of(run) == "ok" and not at_end(run):
+            print(f"{run.path} has not reached the end of its schedule", file=sys.stderr)
         out = Path(folder) / f"{run.path.stem}.csv"
         to_csv(run.path, out)
         record = run.path.with_suffix(".json")
@@ -631,20 +485,11 @@ def published_curves(folder, out):
 @dataclass
 class Args:
     paths: tyro.conf.Positional[tuple[str, ...]] = ()  # Logs, thinned CSVs, and folders that hold them
+    baseline: str | None = None  # Variant or log name, with settings if several fit: no_moe,max_steps=2596
     at_step: NotNegative | None = None  # Step at which the runs are judged (default: the last of each)
-    base: str | None = None  # Name of the baseline runs, of 3 lengths or more, for effective speedups
     thin: str | None = None  # Folder for a small CSV per log, written instead of the table
     published: str | None = None  # Folder with the unpacked published logs; writes --out and nothing else
     out: str = "results/published/curves.csv"  # File that --published writes
-
-
-def show(runs, args):
-    """The table as text, and what its speedups are."""
-    table = summary(runs, args.at_step)
-    if not args.base:
-        return format_summary(table)
-    table, words = add_speedups(table, runs, args.base)
-    return f"{format_summary(table)}\n{words}"
 
 
 def main():
@@ -654,8 +499,6 @@ def main():
         return published_curves(args.published, args.out)
     if not args.paths:
         raise UserError("no logs given: name logs or a folder, e.g. python runlog.py logs")
-    if args.base and (args.thin or args.at_step is not None):
-        raise UserError("--base compares final values in the table: leave out --at_step and --thin")
     problems = []
     runs = load_runs(args.paths, problems.append)
     if not runs:
@@ -663,7 +506,9 @@ def main():
     if args.thin:
         thin_into(args.thin, runs)
     else:
-        text = show(runs, args)
+        import compare  # here: it imports this file, and torch
+
+        text = compare.report(runs, args.baseline, args.at_step)
         encoding = sys.stdout.encoding or "utf-8"
         print(text if "±".encode(encoding, "ignore") else text.replace("±", " +- "))
     for problem in problems:

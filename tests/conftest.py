@@ -4,8 +4,12 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
+import importlib
+import io
 import json
 import signal
+import sys
 import warnings
 
 import numpy as np
@@ -64,6 +68,21 @@ TINY_RUN = {
     "total_batch_size": 256, "max_steps": 10, "warmup_steps": 4, "max_lr": 3e-3, "val_loss_every": 5,
     "val_loss_steps": 2, "hellaswag_every": 0, "sample_from_model_every": 0, "device": "cpu",
 }  # fmt: skip
+SETTINGS = {"n_layer": 4, "seed": 1, "data_seed": 1337, "max_lr": 6e-4, "data": "d0"}
+LINES = ["0 val 5\n", "0 train 5\n", "10 val 3\n"]
+
+
+def write_log(path, lines=LINES, record=None, **settings):
+    """A log, and beside it the JSON `record`, or one with SETTINGS changed by `settings`, or none."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text("".join(lines))
+    if settings:
+        record = {"settings": SETTINGS | settings, "changes": [], "args": {}, "tokens_per_step": 100}
+    if record is not None:
+        path.with_suffix(".json").write_text(json.dumps(record))
+    return path
+
+
 CLOCK = ("tok_per_sec", "hours")
 
 
@@ -78,3 +97,21 @@ def flags(settings):
     for name, value in settings.items():
         words += [f"--{name}"] if value is True else [f"--no_{name}"] if value is False else [f"--{name}", str(value)]
     return words
+
+
+def call(script, *argv, encoding="utf-8"):
+    """(exit code, stdout, stderr) of a script of the repository, called in this process."""
+    import common
+
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
+    before, sys.argv = sys.argv, [f"{script}.py", *map(str, argv)]
+    try:
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            common.run(importlib.import_module(script).main)
+    except SystemExit as end:
+        code = end.code
+    finally:
+        sys.argv = before
+    for stream in streams:
+        stream.flush()
+    return code, *(stream.buffer.getvalue().decode(encoding) for stream in streams)

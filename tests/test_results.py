@@ -1,14 +1,15 @@
-"""The numbers in the tables of variants, in results/README.md and README.md, are those of the logs in results/."""
+"""The digest, and the tables of variants in results/README.md and README.md, are those of the logs in results/."""
 
 import functools
 import re
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
+import compare
+import digest
 import runlog
-import sweep
+from common import UserError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 FOLDERS = sorted({path.parent for path in RESULTS.glob("*/**/log_*.csv")})
@@ -20,10 +21,10 @@ SEEDS = (42, 2025, 1337)  # the order in which the last vals of single seeds are
 def facts(folder):
     """{variant, or log name of a run that is none: [(row of the summary, {seed: last val}) of each group]}."""
     found = {}
-    for group in runlog.group(runlog.load_runs(folder)):
-        row = runlog.summary(group).iloc[0]
+    for group in compare.group(runlog.load_runs(folder)):
+        row = compare.summary(group).iloc[0]
         val = {run.seed: run.streams["val"][1][-1] for run in group if "val" in run.streams}
-        found.setdefault(sweep.look_of(group[0]).name, []).append((row, val))
+        found.setdefault(row.variant, []).append((row, val))
     return found
 
 
@@ -84,13 +85,19 @@ def test_the_page_of_results_has_tables():
     assert tables(PAGES[0])
 
 
-WITH_TABLE = [folder for folder in FOLDERS if (RESULTS / f"figures/{folder.name}_summary.csv").exists()]
+def test_the_digest_and_the_tables_between_markers_are_those_of_the_logs():
+    stale = [str(path) for path, text in digest.pages().items() if path.read_text("utf-8") != text]
+    assert not stale, "run python digest.py"
 
 
-@pytest.mark.parametrize("folder", WITH_TABLE, ids=lambda folder: folder.name)
-def test_committed_tables_are_those_of_the_committed_logs(folder):
-    table = pd.read_csv(RESULTS / "figures" / f"{folder.name}_summary.csv").set_index("label")
-    columns = ["runs", "diverged", "stuck", "val_mean", "val_std", "spikes", "max_vio"]
-    for name, groups in facts(folder).items():
-        wanted = pd.DataFrame([row[columns] for row, _ in groups]).astype(float)
-        assert table.loc[[name], columns].to_numpy() == pytest.approx(wanted.to_numpy(), rel=1e-5, nan_ok=True), name
+def test_a_table_between_markers_is_made_anew():
+    folders = {"cpu_small": digest.groups_of(RESULTS / "cpu_small")}
+    page = "before\n<!-- digest: cpu_small no_moe aux_only -->\nold\n<!-- end -->\nafter\n"
+    filled = digest.filled(page, folders)
+    assert filled.startswith("before\n<!-- digest") and filled.endswith("|\n\n<!-- end -->\nafter\n")
+    [row] = [line for line in filled.splitlines() if line.startswith("| `")]
+    assert row.startswith("| `aux_only` | load-balance loss alone | 3 | 1.6376±0.0043 | -0.077 [-0.103, -0.052] |")
+    assert digest.filled(filled, folders) == filled
+    for words in ("absent no_moe", "cpu_small no_moe absent", "cpu_small absent"):
+        with pytest.raises(UserError, match="absent"):
+            digest.filled(page.replace("cpu_small no_moe aux_only", words), folders)
