@@ -385,7 +385,7 @@ def choose_device(name):
 
 
 def free_memory(device):
-    """Bytes that are free on the device; inf where the system does not tell."""
+    """Bytes that are free on the device; all memory of the machine, or inf, where the system does not tell."""
     import torch
 
     if device.type == "cuda":
@@ -393,7 +393,9 @@ def free_memory(device):
     try:
         return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):  # no Linux
-        return math.inf
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
 
 class Machine(NamedTuple):

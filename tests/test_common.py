@@ -1,6 +1,7 @@
 """common.py: one line for what cannot be parsed, and the exit codes."""
 
 import io
+import math
 import os
 import platform
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import torch
 
 import common
 from common import TEMP_SUFFIX, Fraction, Positive, Rate, UserError, atomic_write, lock
@@ -220,3 +222,9 @@ def test_every_file_imports_without_unix():
     assert done.returncode == 0, done.stderr
     files = {str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "bench") for path in folder.glob("*.py")}
     assert set(done.stdout.split()) == files and len(files) > 25
+
+
+def test_memory_is_known_without_proc(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(Path, "read_text", lambda self: "")  # as where there is no /proc
+    assert 2**27 < common.free_memory(device) <= (math.inf if os.name == "nt" else 2**50)
