@@ -4,6 +4,7 @@ import dataclasses
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -276,10 +277,17 @@ def test_workers_make_no_difference(tmp_path, monkeypatch):
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
 
 
-def test_tokenize_in_order():
+@pytest.mark.parametrize("platform, method", [("linux", "fork"), ("darwin", "spawn")])
+def test_tokenize_in_order(platform, method, monkeypatch):
+    """Workers are forked on Linux alone."""
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {method} on this system")
+    asked, get_context = [], multiprocessing.get_context
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda name: asked.append(name) or get_context(name))
     texts = prose(2000)
     parts = list(fineweb.tokenize(iter(texts), "gpt2", workers=2))
-    assert all(part.dtype == np.uint16 for part in parts)
+    assert asked[0] == method and all(part.dtype == np.uint16 for part in parts)
     assert np.array_equal(np.concatenate(parts), expected(texts))
 
 
