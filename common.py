@@ -354,7 +354,9 @@ def lock(path, remedy):
         lock_path.parent.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=0)
     except filelock.Timeout:
-        holder = lock_path.read_text(errors="replace") or "unknown"
+        holder = "unknown"
+        with contextlib.suppress(OSError):  # Windows lets nobody read a locked file
+            holder = lock_path.read_text(errors="replace") or holder
         raise UserError(f"{path} is being written by process {holder}; {remedy}") from None
     except OSError as error:
         raise UserError(f"cannot write {lock_path}: {error.strerror}; choose another folder") from None

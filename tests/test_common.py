@@ -173,7 +173,7 @@ def test_a_kill_leaves_the_older_file_and_is_no_obstacle(tmp_path):
     assert (tmp_path / "a").read_text() == "new" and os.listdir(tmp_path) == ["a"]
 
 
-def test_a_second_live_writer_is_refused_and_a_dead_one_is_no_obstacle(tmp_path):
+def test_a_second_live_writer_is_refused_and_a_dead_one_is_no_obstacle(tmp_path, monkeypatch):
     path = tmp_path / "log_moe_a_seed_1.txt"
     script = f"from common import lock\nwith lock({str(path)!r}, ''):\n    print('held', flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -181,6 +181,10 @@ def test_a_second_live_writer_is_refused_and_a_dead_one_is_no_obstacle(tmp_path)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {holder.pid} on .*; wait"), lock(path, "wait"):
         pass
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "read_text", lambda *_, **__: Path("/nowhere/at/all").read_bytes())
+        with pytest.raises(UserError, match="process unknown; wait"), lock(path, "wait"):
+            pass
     holder.kill()
     holder.wait()
     assert os.path.exists(f"{path}.lock")  # stale
