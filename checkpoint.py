@@ -202,17 +202,21 @@ def newest(folder):
 def load_newest(folder, needs=(), mmap=False):
     """(path, checkpoint) of the newest one that loads; (None, None) if the folder has none.
 
-    Prints a warning for each that does not load. UserError when none of them loads.
+    Prints a warning for each newer one that does not. UserError, with the reason of the newest, when none loads.
     """
-    paths = checkpoints(folder)
+    paths, reasons = checkpoints(folder), []
     for path in reversed(paths):
         try:
-            return path, load(path, needs, mmap)
+            state = load(path, needs, mmap)
         except UserError as error:
-            print(f"warning: checkpoint skipped: {error}", file=sys.stderr)
-    if paths:
+            reasons.append(error)
+            continue
+        for reason in reasons:
+            print(f"warning: checkpoint skipped: {reason}", file=sys.stderr)
+        return path, state
+    if reasons:
         remedy = "copy a whole one there, or move the folder away and start again"
-        raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be loaded: {remedy}")
+        raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be loaded: {remedy} ({reasons[0]})")
     return None, None
 
 

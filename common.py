@@ -354,7 +354,9 @@ def lock(path, remedy):
         lock_path.parent.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=0)
     except filelock.Timeout:
-        holder = lock_path.read_text(errors="replace") or "unknown"
+        holder = "unknown"
+        with contextlib.suppress(OSError):  # Windows lets nobody read a locked file
+            holder = lock_path.read_text(errors="replace") or holder
         raise UserError(f"{path} is being written by process {holder}; {remedy}") from None
     except OSError as error:
         raise UserError(f"cannot write {lock_path}: {error.strerror}; choose another folder") from None
@@ -385,7 +387,7 @@ def choose_device(name):
 
 
 def free_memory(device):
-    """Bytes that are free on the device; inf where the system does not tell."""
+    """Bytes that are free on the device; all memory of the machine, or inf, where the system does not tell."""
     import torch
 
     if device.type == "cuda":
@@ -393,7 +395,9 @@ def free_memory(device):
     try:
         return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):  # no Linux
-        return math.inf
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
 
 class Machine(NamedTuple):

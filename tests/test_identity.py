@@ -166,6 +166,15 @@ def test_resume_auto_takes_no_variant_with_a_longer_name(train):
     assert streams["train"][0].tolist() == list(range(6))
 
 
+def test_resume_auto_passes_over_a_start_that_was_refused(train):
+    train(name="moe", run_id="20250101", max_steps=4)
+    with pytest.raises(UserError, match="nowhere"):
+        train(name="moe", run_id="20250102", data_root="nowhere")
+    assert Path("checkpoints/moe_20250102_seed_1337").is_dir()
+    _, streams = train(name="moe", run_id="", max_steps=6, resume="auto")
+    assert streams["train"][0].tolist() == list(range(6))
+
+
 @pytest.mark.slow
 def test_two_logs_folders_do_not_share_checkpoints(shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
