@@ -1,4 +1,4 @@
-# make demo | test | test-eval | lint | figures | bench: each sets up what it needs in .venv.
+# make demo | test | test-eval | lint | figures | bench | gpu: each sets up what it needs in .venv.
 
 PYTHON ?= python3
 RUN := .venv/bin/python
@@ -25,6 +25,11 @@ figures: .venv/dev
 bench: .venv/run
 	for part in step scale moe tokenize loader hellaswag sample; do $(RUN) -m bench $$part || exit; done
 
+# Nine minutes on a GPU: results/gpu/DEVICE/report.md. `make gpu MINUTES=30` measures more.
+MINUTES ?= 9
+gpu: .venv/run
+	$(RUN) -m bench gpu --minutes $(MINUTES)
+
 # A .venv of Python 3.11 or newer is kept, whoever made it (uv leaves out pip, hence ensurepip); any other is made anew.
 NEW_ENOUGH := -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null
 .venv/run: requirements.txt
@@ -43,4 +48,4 @@ NEW_ENOUGH := -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null
 	.venv/bin/pip install --disable-pip-version-check -r requirements-eval.txt
 	touch $@
 
-.PHONY: demo test test-eval lint figures bench
+.PHONY: demo test test-eval lint figures bench gpu

@@ -6,6 +6,8 @@
     python -m bench moe                        # the MoE layer by parts, and other implementations of each part
     python -m bench tokenize | loader | hellaswag | sample      # against the baselines as published
     python -m bench step --device cuda --compile --imbalanced   # one expert gets half of all tokens
+    python -m bench gpu --minutes 9            # all that a first run on a GPU should tell (gpu.py)
+    python -m bench roofline --gpu h100        # the step predicted from its bytes and FLOPs (roofline.py)
 
 Prints a table and writes {bench}_{device}_{dtype}.json with every sample to --out_dir. What the numbers led to:
 results/bench/README.md; every trial: results/bench/LOG.md.
@@ -25,10 +27,10 @@ import torch
 import tyro
 
 import common
-from bench import pipeline, steps
+from bench import gpu, pipeline, steps
 from bench.moe import bench_moe
 from bench.timing import write_result
-from common import NotNegative, Positive, Range, Seed, UserError
+from common import FiniteAboveZero, NotNegative, Positive, Range, Seed, UserError
 
 BENCHES = {
     "step": steps.bench_step,
@@ -55,7 +57,7 @@ TOKENS = {  # per micro-batch
 
 @dataclass
 class Args:
-    bench: Annotated[Literal[tuple(BENCHES)], tyro.conf.Positional]  # Subcommand
+    bench: Annotated[Literal[(*BENCHES, "gpu")], tyro.conf.Positional]  # Subcommand
 
     # measuring
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Device
@@ -66,7 +68,7 @@ class Args:
     threads: Positive | None = None  # Threads of torch on the CPU (default: all cores)
     compile: bool = False  # torch.compile the training step
     profile: bool = False  # Profile one more round per variant: trace_*.json, opens in Perfetto
-    out_dir: Path = Path("results/bench")  # Folder of the JSON files
+    out_dir: Path | None = None  # Folder of the files (default: results/bench; gpu: results/gpu/DEVICE)
     seed: Seed = 1337  # Seed of weights and data
 
     # step, scale, moe
@@ -94,11 +96,18 @@ class Args:
     examples: Positive = 200  # HellaSwag examples, at most
     new_tokens: Positive = 480  # Tokens that sample writes
 
+    # gpu
+    minutes: FiniteAboveZero = 9.0  # Time of all parts together
+    parts: tuple[Literal[tuple(gpu.SHARES)], ...] = tuple(gpu.SHARES)  # Parts to measure
+    data_root: str = ""  # Shards to train on (default: made from Python's own library)
+
 
 def main():
     args = common.parse(Args)
     fill_defaults(args)
     check_args(args)
+    if args.bench == "gpu":
+        return gpu.run(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu" and args.bench in TRAINING:  # as train_single_gpu.py does
@@ -118,6 +127,10 @@ def measure(args, dtype):
 
 def fill_defaults(args):
     """Settings that depend on the device and the subcommand."""
+    if args.bench == "gpu":
+        gpu.fill_defaults(args)
+        return
+    args.out_dir = args.out_dir or Path("results/bench")
     args.device = "cuda" if common.choose_device(args.device).type == "cuda" else "cpu"
     whole_run = args.bench in WHOLE_RUNS
     defaults = GPT2_SHAPE if args.device == "cuda" or whole_run else CPU_SHAPE
@@ -141,7 +154,7 @@ def choose_dtypes(args):
 
 def check_args(args):
     """UserError for what cannot be measured, before anything is."""
-    if args.bench in TRAINING:
+    if args.bench in (*TRAINING, "gpu"):
         check_tokens(args)
     if not args.variants:
         raise UserError(f"--variants needs at least one of {', '.join(steps.VARIANTS)}")

@@ -245,6 +245,9 @@ def test_step_beside_another_repository(tmp_path, monkeypatch):
     ("loader --shard_tokens 1000", "--shard_tokens 1000 must be at least"),
     ("hellaswag --vocab_size 300", "--vocab_size 300 must be at least 50257"),
     ("sample --T 32 --new_tokens 30", "--new_tokens 30 must lie in 4 to T - 8 = 24"),
+    ("gpu --minutes 0", "--minutes must be above 0"),
+    ("gpu --parts steps", "--parts"),
+    ("gpu --tokens 100", "--tokens 100 is not a positive multiple of --T 64"),
     ("step --out_dir {empty}/x", "cannot write to --out_dir"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_before_measuring(argv, words, tmp_path, monkeypatch, capsys):
