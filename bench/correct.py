@@ -5,6 +5,7 @@ the other way sends a token elsewhere, and its noise. A bfloat16 result may be a
 of the CPU's own bfloat16, and a little more.
 """
 
+import contextlib
 import itertools
 import math
 import warnings
@@ -14,11 +15,10 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-import kernels
 import sweep
 from bench.baselines import replace
 from common import autocast
-from model import GPT, GPTConfig, Router
+from model import GPT, GPTConfig, MoE, Router
 
 SHAPE = {"block_size": 64, "vocab_size": 512, "n_layer": 2, "n_head": 2, "n_embd": 64}
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative error; bfloat16: beyond twice that of the CPU
@@ -109,37 +109,61 @@ def check_choices(name, device):
     return [row("choices", torch.float32, differing, 0.01, name=name)]
 
 
-def check_grouped(device):
-    """The grouped product, output and gradients, against one float64 product per expert; some experts have no rows."""
-    D, H, counts = 64, 96, (0, 37, 200, 0, 1, 83, 70, 0)
-    ends_E, generator = torch.tensor(counts).cumsum(0).int(), torch.Generator().manual_seed(3)
-    shapes = (sum(counts), D), (len(counts), D, H), (len(counts), H), (sum(counts), H)
-    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-    starts = [0, *ends_E.tolist()]
+def check_experts(device):
+    """A MoE layer on uneven choices, some experts without any, against a float64 loop over the experts."""
+    config = GPTConfig(n_embd=64, n_head=2, n_exp=8, expert_hidden=96, train_capacity=math.inf)
+    share_E, generator = torch.tensor([0.0, 1, 6, 0, 0.02, 3, 3, 0]), torch.Generator().manual_seed(3)
+    chosen_TK = share_E.expand(391, -1).multinomial(config.top_k, generator=generator)
+    x_TD, grad_TD = torch.randn(2, 391, config.n_embd, generator=generator, dtype=torch.float64)
+    weights = MoE(config).double()
+    for p in weights.parameters():
+        torch.nn.init.normal_(p, std=0.2, generator=generator)
 
-    def loop(x_ND, weight_EDF, bias_EF, ends_E):
-        spans = enumerate(itertools.pairwise(starts))
-        return torch.cat([x_ND[start:end] @ weight_EDF[e] + bias_EF[e] for e, (start, end) in spans])
+    def run(forward, device, dtype):
+        moe = MoE(config).to(device, torch.promote_types(dtype, torch.float32))
+        moe.load_state_dict(weights.state_dict())
+        moe.router = replace(moe.router, FixedRouter)
+        moe.router.chosen_TK, weight = chosen_TK.to(device), moe.router.w_g.weight
+        x = x_TD.to(weight, copy=True).requires_grad_()
+        with autocast(device, torch.bfloat16) if dtype == torch.bfloat16 else contextlib.nullcontext():
+            y = forward(moe, x)
+        y.backward(grad_TD.to(y))
+        found = {"y": y.detach(), "x": x.grad} | {name: p.grad for name, p in moe.named_parameters()}
+        return Gradients(y.norm().item(), {name: t.double().cpu() for name, t in found.items()}, [])
 
-    def run(product, device, dtype):
-        *leaves, grad_NF = (tensor.to(device, dtype) for tensor in inputs)
-        for leaf in leaves:
-            leaf.requires_grad_()
-        y_NF = product(*leaves, ends_E.to(device))
-        grads = torch.autograd.grad(y_NF, leaves, grad_NF)
-        names = ("y", "x", "weight", "bias")
-        return {name: t.detach().double().cpu() for name, t in zip(names, (y_NF, *grads), strict=True)}
+    def loop(moe, x_TD):
+        routing, experts = moe.router(x_TD), moe.experts
+        gate_TE = torch.zeros_like(routing.logits_TE).scatter(1, routing.expert_TK, routing.gate_TK)
+        h_ETF = F.gelu(x_TD @ experts.c_fc + experts.fc_bias, approximate="tanh")
+        return torch.einsum("te,etd->td", gate_TE, h_ETF @ experts.c_proj + experts.proj_bias)
 
-    def grouped_mm(x_ND, weight_EDF, bias_EF, ends_E):
-        return kernels.AddExpertBias.apply(F.grouped_mm(x_ND, weight_EDF, offs=ends_E), bias_EF, ends_E)
+    def layer(moe, x_TD):
+        return moe(x_TD[None])[0][0]
 
     reference, rows = run(loop, "cpu", torch.float64), []
-    cases = [("ours", kernels.grouped_linear), ("grouped_mm", grouped_mm)]
-    if torch.device(device).type == "cuda":  # on the CPU it is ours
-        cases.append(("loop", kernels.grouped_linear_loop))
-    for (name, product), dtype in itertools.product(cases, LIMIT):
-        if (name, dtype) != ("grouped_mm", torch.float32):  # torch's own is for bfloat16
-            result = run(product, device, dtype)
-            error = max(((result[key] - value).norm() / value.norm()).item() for key, value in reference.items())
-            rows.append(row("grouped product", dtype, error, LIMIT[dtype], name=name))
+    for dtype, limit in LIMIT.items():
+        if dtype == torch.bfloat16:
+            limit += 2 * largest_error(run(layer, "cpu", dtype), reference)
+        rows.append(row("experts", dtype, largest_error(run(layer, device, dtype), reference), limit, name="uneven"))
     return rows
+
+
+def check_grouped_mm(device):
+    """torch's grouped product in bfloat16, output and gradients, against one float64 product per expert."""
+    D, H, counts = 64, 96, (0, 37, 200, 0, 1, 83, 70, 0)
+    ends_E, generator = torch.tensor(counts).cumsum(0).int(), torch.Generator().manual_seed(3)
+    shapes = (sum(counts), D), (len(counts), D, H), (sum(counts), H)
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    spans = list(itertools.pairwise([0, *ends_E.tolist()]))
+
+    def run(product, device, dtype):
+        x_ND, weight_EDF, grad_NF = (tensor.to(device, dtype, copy=True) for tensor in inputs)
+        y_NF = product(x_ND.requires_grad_(), weight_EDF.requires_grad_())
+        tensors = (y_NF, *torch.autograd.grad(y_NF, (x_ND, weight_EDF), grad_NF))
+        grads = {name: t.detach().double().cpu() for name, t in zip(("y", "x", "weight"), tensors, strict=True)}
+        return Gradients(grads["y"].norm().item(), grads, [])
+
+    reference = run(lambda x, w: torch.cat([x[i:j] @ w[e] for e, (i, j) in enumerate(spans)]), "cpu", torch.float64)
+    result = run(lambda x, w: F.grouped_mm(x, w, offs=ends_E.to(device)), device, torch.bfloat16)
+    limit = LIMIT[torch.bfloat16]
+    return [row("grouped product", torch.bfloat16, largest_error(result, reference), limit, name="grouped_mm")]

@@ -240,7 +240,8 @@ def correct_part(args, end):
     def section(check, *arguments):
         return lambda: (check(*arguments), {}, [])
 
-    yield "grouped product", section(correct.check_grouped, args.device)
+    yield "experts", section(correct.check_experts, args.device)
+    yield "grouped product", section(correct.check_grouped_mm, args.device)
     yield "choices", section(correct.check_choices, "only_moe", args.device)
     on_cpu = args.device == "cpu"
     for name in list(sweep.VARIANTS)[:: 12 if on_cpu else 1]:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 
+import moe
 from bench import correct, gpu, report
 from common import UserError
 
@@ -208,17 +209,20 @@ def test_a_wrong_gradient_is_found():
     assert correct.largest_error(right._replace(loss=2.2), right) == pytest.approx(0.1)
 
 
-def test_a_wrong_product_is_found(monkeypatch):
-    """One row too many for each expert: the report names the check."""
-    ours = correct.kernels.grouped_linear
-    assert all(row["ok"] for row in correct.check_grouped("cpu"))
-    monkeypatch.setattr(
-        correct.kernels, "grouped_linear", lambda x, w, b, ends: ours(x, w, b, (ends + 1).clamp(max=391))
-    )
-    found = correct.check_grouped("cpu")
-    assert [row["ok"] for row in found if row["name"] == "ours"] == [False, False]
-    parts = {"correct": {"status": "done", "seconds": 1, "sections": {"g": {"status": "done", "rows": found}}}}
-    assert len(list(report.failures({"parts": parts}))) == 2
+def test_a_wrong_layer_is_found(monkeypatch):
+    """Each expert takes a row of the next: the report names the check."""
+    assert all(row["ok"] for row in correct.check_experts("cpu"))
+    ours = moe.sort_by_expert
+
+    def sort_wrongly(expert_TK, n_exp):
+        plan = ours(expert_TK, n_exp)
+        return plan._replace(ends_E=(plan.ends_E + 1).clamp(max=expert_TK.numel()))
+
+    monkeypatch.setattr(moe, "sort_by_expert", sort_wrongly)
+    found = correct.check_experts("cpu")
+    assert found[0]["dtype"] == "float32" and not found[0]["ok"]
+    parts = {"correct": {"status": "done", "seconds": 1, "sections": {"e": {"status": "done", "rows": found[:1]}}}}
+    assert [line.split(",")[0] for line in report.failures({"parts": parts})] == ["correct"]
 
 
 def test_variants_drop_choices_and_see_the_same_noise():
