@@ -1,4 +1,4 @@
-# make demo | test | test-eval | test-slurm | lint | figures | bench: each sets up what it needs in .venv.
+# make demo | test | test-eval | test-slurm | lint | figures | bench | gpu: each sets up what it needs in .venv.
 # make test PYTHON=python3.13: the same with that Python, in an environment of its own, .venv-python3.13.
 
 PYTHON ?= python3
@@ -31,6 +31,11 @@ figures: $(VENV)/dev
 bench: $(VENV)/run
 	for part in step scale moe tokenize loader hellaswag sample; do $(RUN) -m bench $$part || exit; done
 
+# Nine minutes on a GPU: results/gpu/DEVICE/report.md. `make gpu MINUTES=30` measures more.
+MINUTES ?= 9
+gpu: $(VENV)/run
+	$(RUN) -m bench gpu --minutes $(MINUTES)
+
 # A .venv of Python 3.11 or newer is kept, whoever made it (uv leaves out pip, hence ensurepip); any other is made anew.
 NEW_ENOUGH := -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null
 $(VENV)/run: requirements.txt
@@ -49,4 +54,4 @@ $(VENV)/eval: $(VENV)/dev requirements-eval.txt
 	$(VENV)/bin/pip install --disable-pip-version-check -r requirements-eval.txt
 	touch $@
 
-.PHONY: demo test test-eval test-slurm lint figures bench
+.PHONY: demo test test-eval test-slurm lint figures bench gpu

@@ -22,6 +22,7 @@ VARIANTS = {  # settings of GPTConfig; --n_exp experts and no capacity unless gi
     "top1": {"top_k": 1, "gate": "softmax"},
     "top2": {},
     "top2_capacity": {"train_capacity": 1.25},
+    "narrow": {"n_exp": 16, "top_k": 4, "expert_hidden": "iso"},  # a quarter of the width
     "noisy_aux_z": {"use_noisy_top_k": True, "use_aux_loss": True, "use_router_z_loss": True},
     "one_hot": {"train_capacity": 1.25},  # top2_capacity by one-hot dispatch
 }
@@ -50,7 +51,8 @@ def config_of(args, name):
 def build_model(args, name):
     """The variant on the device, its router weights three times as large as they start, so that the load is uneven."""
     torch.manual_seed(args.seed)
-    model = GPT(config_of(args, name)).to(args.device)
+    with torch.device(args.device):
+        model = GPT(config_of(args, name))
     router_class = TurnRouter if args.uniform_routing else HalfRouter if args.imbalanced else None
     for layer, moe in model.moe_layers():
         if name == "one_hot":
@@ -220,9 +222,15 @@ def bench_step(args, dtype):
     names = [name for name in dict.fromkeys(("dense", *args.variants)) if name != "one_hot"]
     names += [name + MUON for name in names] * (args.optimizer == "muon") + ["vs"] * bool(args.vs)
     rows, samples = time_steps(args, dtype, [(name, tokens) for tokens in args.tokens for name in names])
+    targets = step_targets(args, dtype, rows, samples)
+    return add_one_hot(args, dtype, rows, samples, targets) if "one_hot" in args.variants else (rows, samples, targets)
+
+
+def step_targets(args, dtype, rows, samples):
+    """Targets of dense and top2, at each size."""
     by_cell = {(row["variant"], row["tokens"]): row for row in rows}
     targets = []
-    for tokens in args.tokens:
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
         dense, top2 = by_cell["dense", tokens], by_cell.get(("top2", tokens))
         if args.device == "cuda":
             targets.append(Target(f"dense MFU at {tokens}", dense["MFU"], ">=", 0.58))
@@ -234,7 +242,7 @@ def bench_step(args, dtype):
         elif top2:
             limit = 1.12 if dtype == "float32" else 1.2
             targets.append(Target(f"top2 over dense, beyond FLOPs, at {tokens}", top2["excess"], "<=", limit))
-    return add_one_hot(args, dtype, rows, samples, targets) if "one_hot" in args.variants else (rows, samples, targets)
+    return targets
 
 
 def bench_scale(args, dtype):

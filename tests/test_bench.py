@@ -215,6 +215,3 @@ def test_step_beside_another_repository(tmp_path, monkeypatch):
     assert [row["variant"] for row in result["rows"]] == ["dense", "vs"]
     assert result["rows"][1].keys() >= {"ms", "ratio", "excess", "MB"}
     assert len(result["samples_s"]["vs@64"]) == 2
-
-
-# -- mistakes
