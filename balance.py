@@ -33,7 +33,7 @@ def balance_in_step(moe, routing, plan, n_sequences):
     if not moe.training:  # only in training do all ranks run the same number of forwards
         return balance_in_micro_batch(moe, routing, plan, n_sequences)
     with torch.no_grad():
-        new = torch.cat([plan.count_E, plan.count_E.new_tensor([routing.logits_TE.shape[0]])])
+        new = torch.cat([plan.count_E, plan.count_E.new_full((1,), routing.logits_TE.shape[0])])
         if dist.is_initialized():
             dist.all_reduce(new)
         moe.so_far.add_(new)
