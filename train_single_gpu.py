@@ -210,7 +210,8 @@ class StepResult(NamedTuple):
 
 
 def train_step(run):
-    """Forward and backward over this rank's micro-batches, clip, update. One transfer to the host, at its end.
+    """Forward and backward over this rank's micro-batches, clip, update. The host reads from the device after the
+    gradients alone: the update still runs while it prepares the next step.
 
     None where a single process was told to stop between micro-batches.
     """
@@ -236,13 +237,13 @@ def train_step(run):
     optim.set_learning_rate(run.optimizer, optim.learning_rate(step, args, run.progress.clock))
     flags = [run.stop.requested or run.log.error is not None, is_late(run), run.progress.hours]
     losses, grad_norm, (stop, late, clock), table = collect(losses, norm, flags, tables, machine)
+    router = raw_model.router_stats(table)
     applied = all(map(math.isfinite, losses.values())) and math.isfinite(grad_norm)
     if applied:
         run.optimizer.step()
         raw_model.update_balance_bias(table)
     run.optimizer.zero_grad(set_to_none=True)
-    ce_loss, router = losses.pop("ce_loss"), raw_model.router_stats(table)
-    return StepResult(ce_loss, losses, grad_norm, stop > 0, late > 0, clock, applied, router)
+    return StepResult(losses.pop("ce_loss"), losses, grad_norm, stop > 0, late > 0, clock, applied, router)
 
 
 def seed_noise(seed, step, micro_batch):

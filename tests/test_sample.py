@@ -140,6 +140,12 @@ def test_draws_follow_a_plain_implementation(temperature, top_k, top_p):
     assert (found[expected > 0.001] > 0).all()
 
 
+def test_draws_are_those_of_multinomial():
+    logits = torch.randn(50, 12, generator=seeded(2)) * 3
+    expected = torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=seeded(3))[:, 0]
+    assert torch.equal(sample.sample_next(logits, generator=seeded(3)), expected)
+
+
 def test_rows_are_filtered_each_by_itself():
     logits = torch.tensor([[0.0, 5.0, 0.0], [5.0, 0.0, 0.0], [0.0, 0.0, 5.0]])
     for settings in ({"top_k": 1}, {"top_p": 0.5}, {"temperature": 0}, {"temperature": 1e-30}, {"temperature": 1e-320},
@@ -181,6 +187,16 @@ def test_it_ends_when_every_row_has_reached_end_of_text():
     first = min(ends)
     assert torch.equal(out[:, : first + 1], plain[:, : first + 1])
     assert sample.generate(model, torch.tensor([[eot]]), 3, temperature=0, eot=eot).shape[1] > 1  # eot as a prompt
+
+
+def test_looking_at_every_16th_token_gives_the_same_tokens_and_more_after_the_end():
+    settings = {"temperature": 2.0, "eot": 7}
+    each, some = (
+        torch.stack(list(sample.stream(small_model(), PROMPT, 100, generator=seeded(), check_every=n, **settings)))
+        for n in (1, 16)
+    )
+    assert len(each) % 16 and len(some) % 16 == 0 and len(some) - len(each) < 16
+    assert torch.equal(some[: len(each)], each) and (some[len(each) :] == 7).all()
 
 
 def test_no_tokens_and_wrong_settings():
