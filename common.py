@@ -326,6 +326,14 @@ def atomic_write(path, mode="wb"):
             os.close(folder)
 
 
+def os_error_behind(error):
+    """The OSError of a failed write that torch hid behind `error`; `error` itself where there is none."""
+    hidden = error
+    while hidden and not isinstance(hidden, OSError):
+        hidden = hidden.__context__
+    return hidden or error
+
+
 def check_writable(folder, flag):
     """UserError when no file can be written into `folder`, which is made."""
     probe = Path(folder) / f"probe_{os.getpid()}{TEMP_SUFFIX}"  # two runs may start at once
@@ -337,6 +345,12 @@ def check_writable(folder, flag):
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another {flag}") from None
+
+
+def check_shared(folder):
+    """UserError on a rank that does not see the folder, which rank 0 has made."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} of rank 0 is not there: --fsdp needs a --checkpoint_dir that all ranks share")
 
 
 @contextlib.contextmanager
