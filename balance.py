@@ -34,9 +34,10 @@ def balance_in_step(moe, routing, plan, n_sequences):
         return balance_in_micro_batch(moe, routing, plan, n_sequences)
     with torch.no_grad():
         new = torch.cat([plan.count_E, plan.count_E.new_tensor([routing.logits_TE.shape[0]])])
-        if dist.is_initialized():
+        if dist.is_initialized() and moe.counts:
             dist.all_reduce(new)
-        moe.so_far.add_(new)
+        if moe.counts:
+            moe.so_far.add_(new)
     f_E = moe.so_far[:-1] / moe.so_far[-1]
     return moe.config.n_exp * (f_E * routing.probs_TE.mean(dim=0)).sum()
 

@@ -161,12 +161,10 @@ def checkpoints(folder):
 
 
 def remove(path):
-    """Remove a checkpoint, file or set, or a part of a set. A set ceases to exist first, then its parts go."""
-    if path.is_dir():
-        (path / INDEX).unlink(missing_ok=True)
+    """Remove a checkpoint, file or set, whole or not. Of a set the index goes first, with which it ceases to exist."""
+    (path if path.suffix else path / INDEX).unlink(missing_ok=True)
+    if not path.suffix:
         shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def prune(folder, keep, checked=None):

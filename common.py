@@ -473,16 +473,26 @@ def set_up_machine(device, dtype, fsdp=False, timeout_s=600):
 
 
 def parallelize(model, args, machine):
-    """Compile the model and wrap it in DDP or FSDP; parameters are shared with `model`."""
+    """Compile the model and wrap it in DDP or FSDP; parameters are shared with `model`.
+
+    Over several ranks, and where backward computes blocks again, each block is compiled by itself, in place: between
+    blocks gradients are reduced, or parameters gathered, while others are computed. Else the whole model is.
+    """
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
+    compiled, by_block = is_compiled(args, machine), machine.world_size > 1 or args.recompute == "blocks"
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if compiled and machine.device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError("--compile_on_cpu needs a C++ compiler: install g++, or leave it out")
+    if compiled and by_block:
+        for block in model.transformer.h:
+            block.forward = torch.compile(block.forward)
+    model.recompute(args.recompute)
     if args.fsdp:
         return shard(model)
-    if is_compiled(args, machine):
-        if machine.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-            raise UserError("--compile_on_cpu needs a C++ compiler: install g++, or leave it out")
-        model = torch.compile(model)
+    if compiled and not by_block:
+        return torch.compile(model)
     if machine.world_size == 1:
         return model
     # Buffers are statistics and the balance bias, which every rank computes alike.
@@ -492,7 +502,7 @@ def parallelize(model, args, machine):
 
 
 def is_compiled(args, machine):
-    return args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu) and not args.fsdp
+    return args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu)
 
 
 def shard(model):

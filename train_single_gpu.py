@@ -119,6 +119,7 @@ class Args(GPTConfig):
     dtype: Changeable[Literal["auto", "float32", "bfloat16"]] = "auto"  # Matrix products; auto: bfloat16 on cuda
     use_compile: Uncounted[bool] = True  # torch.compile, on cuda
     compile_on_cpu: Uncounted[bool] = False  # torch.compile elsewhere too (slow to start, needs a C++ compiler)
+    recompute: Uncounted[Literal["none", "experts", "blocks"]] = "none"  # Activations computed again in backward
     fsdp: Uncounted[bool] = False  # Shard parameters, gradients and optimizer over the ranks (torchrun)
     dist_timeout: Uncounted[Positive] = 600  # Seconds until ranks that wait for a dead one stop
 
@@ -178,7 +179,8 @@ def train(run):
         step = progress.step
         if step > run.first_step and (step % args.save_checkpoint_every == 0 or late):
             save(run)
-        evaluate(run)
+        with torch.compiler.set_stance("force_eager") if run.compiled else contextlib.nullcontext():
+            evaluate(run)  # blocks are compiled for the shapes of training
         if run.stop.requested and run.machine.world_size == 1:  # evaluation was cut short: it is due again on resume
             return interrupt(run)
         if optim.is_over(step, args, progress.clock):

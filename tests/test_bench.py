@@ -239,6 +239,7 @@ def test_step_beside_another_repository(tmp_path, monkeypatch):
     ("step --vs no/such/model.py", "is not a Python file"),
     ("step --vs {empty}", "has no GPT and GPTConfig"),
     ("scale --vs {empty}", "--vs is timed by step alone"),
+    ("scale --recompute blocks", "--recompute is timed by step alone"),
     ("tokenize --megabytes nan", "--megabytes must be at least 0.001"),
     ("tokenize --megabytes 0", "--megabytes must be at least 0.001"),
     ("tokenize --tokenizer words", "unknown tokenizer 'words'"),
