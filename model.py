@@ -9,6 +9,7 @@ its checkpoints load. With n_exp > 1 the MLP of every `stride`-th block becomes 
 Shapes:  B sequences, S positions, D width, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -18,6 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import balance
 from common import FiniteAboveZero, Fraction, Positive, Rate, find_bad_setting
@@ -263,6 +265,15 @@ class GPT(nn.Module):
 
     # -- for the training loop
 
+    def recompute(self, part):
+        """Backward computes this part of the model again, with the same random numbers, instead of keeping what forward
+        made there: "experts" (the routed ones, from dispatch to combine), "blocks", or "none"."""
+        for block in self.transformer.h:
+            if part == "blocks":  # the second forward must not count again what the first has counted
+                block.forward = computed_again(block.forward, context_fn=lambda mlp=block.mlp: second_forward(mlp))
+            elif part == "experts" and block.is_moe:
+                block.mlp.mix = computed_again(block.mlp.mix)
+
     def moe_layers(self):
         """(layer number, MoE) of each MoE layer."""
         return [(layer, block.mlp) for layer, block in enumerate(self.transformer.h) if block.is_moe]
@@ -345,3 +356,27 @@ class GPT(nn.Module):
             {"params": params["router"], "weight_decay": router_decay, "lr_scale": router_lr_scale},
         ]
         return [group for group in groups if group["params"]]
+
+
+def computed_again(function, **options):
+    """`function`, with torch's activation checkpointing where there are gradients."""
+
+    def call(*args):
+        again = torch.is_grad_enabled()
+        return checkpoint(function, *args, use_reentrant=False, **options) if again else function(*args)
+
+    return call
+
+
+def second_forward(mlp):
+    """(context of the forward, context of the one that backward makes): a MoE layer counts nothing in the second."""
+
+    @contextlib.contextmanager
+    def without_counting():
+        mlp.counts = False
+        try:
+            yield
+        finally:
+            mlp.counts = True
+
+    return contextlib.nullcontext(), without_counting()

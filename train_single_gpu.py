@@ -20,6 +20,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -119,6 +120,7 @@ class Args(GPTConfig):
     dtype: Changeable[Literal["auto", "float32", "bfloat16"]] = "auto"  # Matrix products; auto: bfloat16 on cuda
     use_compile: Uncounted[bool] = True  # torch.compile, on cuda
     compile_on_cpu: Uncounted[bool] = False  # torch.compile elsewhere too (slow to start, needs a C++ compiler)
+    recompute: Uncounted[Literal["none", "experts", "blocks"]] = "none"  # Activations computed again in backward
     fsdp: Uncounted[bool] = False  # Shard parameters, gradients and optimizer over the ranks (torchrun)
     dist_timeout: Uncounted[Positive] = 600  # Seconds until ranks that wait for a dead one stop
 
@@ -178,7 +180,8 @@ def train(run):
         step = progress.step
         if step > run.first_step and (step % args.save_checkpoint_every == 0 or late):
             save(run)
-        evaluate(run)
+        with torch.compiler.set_stance("force_eager") if run.compiled else contextlib.nullcontext():
+            evaluate(run)  # blocks are compiled for the shapes of training
         if run.stop.requested and run.machine.world_size == 1:  # evaluation was cut short: it is due again on resume
             return interrupt(run)
         if optim.is_over(step, args, progress.clock):
@@ -379,7 +382,7 @@ def save(run):
     if not run.args.save_checkpoint:
         return
     run.log.sync()  # a checkpoint must never be newer than the log that it continues
-    state = checkpoint.get_state(run.raw_model, run.optimizer) | {
+    fields = {
         "loader": run.loader.state_dict(),
         "progress": dataclasses.asdict(run.progress),
         "step": run.progress.step,
@@ -388,6 +391,11 @@ def save(run):
         "tokenizer": run.tokenizer.name,
         "record": run.record,
     }
+    if run.args.fsdp:  # on the CPU a copy to write from would take the memory of training
+        folder, background = checkpoint.set_path(run.folder, run.progress.step), run.machine.device.type != "cpu"
+        run.saver.save_shards(run.raw_model, run.optimizer, fields, folder, background)
+        return
+    state = checkpoint.get_state(run.raw_model, run.optimizer) | fields
     if run.machine.is_main:
         run.saver.save(state, checkpoint.step_path(run.folder, run.progress.step))
 
@@ -397,7 +405,9 @@ def last_save(run):
     if run.progress.step > run.first_step:  # a run that was finished already keeps its checkpoint
         save(run)
     if (error := run.saver.wait()) and run.args.save_checkpoint:
-        raise UserError(f"the last checkpoint could not be written to {run.folder} ({error}): free space, run again")
+        with common.same_on_every_rank():
+            problem = f"the last checkpoint could not be written to {run.folder} ({error})"
+            raise UserError(f"{problem}: free space, run again")
     if run.log.error:
         raise run.log.error
 
@@ -436,9 +446,9 @@ def set_up(args, machine, stem, log_path, folder, console):
     optimizer = optim.build_optimizer(raw_model, args)
     progress = Progress(**brief["progress"]) if brief else Progress()
     if brief:
-        checkpoint.set_state(raw_model, optimizer, state, folder)
+        common.together(lambda: checkpoint.set_state(raw_model, optimizer, state, folder), machine)
         common.together(lambda: loader.load_state_dict(brief["loader"]), machine)
-    del state
+    state = None
     examples = hellaswag.load_for_training(
         args.hellaswag_data, args.hellaswag_limit, tokenizer, args.hellaswag_every, machine, console.say
     )
@@ -447,8 +457,10 @@ def set_up(args, machine, stem, log_path, folder, console):
         record = brief["record"] | {"changes": changes}
     if args.save_checkpoint:
         common.together(lambda: is_main and common.check_writable(folder, "--checkpoint_dir"), machine)
+        common.together(lambda: args.fsdp and common.check_shared(folder), machine)
     log = common.together(lambda: logger.Log(args, machine, log_path, record, progress), machine)
-    saver = checkpoint.BackgroundSaver(args.keep_checkpoints, console.warn_of_disk)
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.dist_timeout)) if args.fsdp else None
+    saver = checkpoint.BackgroundSaver(args.keep_checkpoints, console.warn_of_disk, group)
     run = Run(args, machine, raw_model, model, optimizer, loader, val_loader, tokenizer, examples, progress, record,
               log, console, saver, folder, stop, progress.step, common.is_compiled(args, machine))  # fmt: skip
     logger.print_header(run)

@@ -78,6 +78,7 @@ class Args:
     # step, scale, moe
     variants: tuple[str, ...] = tuple(steps.VARIANTS)  # Variants of step; dense is always there
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: step trains each variant with Muon too, beside AdamW
+    recompute: tuple[Literal["experts", "blocks"], ...] = ()  # step times each variant with these recomputed, too
     vs: str = ""  # Path of another repository's model.py with nanoGPT's GPT and GPTConfig, timed by step
     tokens: tuple[int, ...] | None = None  # Tokens per micro-batch, one or more sizes (default: by subcommand)
     imbalanced: bool = False  # Expert 0 is the first choice of every second token and no choice of the others
@@ -196,6 +197,8 @@ def check_step_only(args):
         raise UserError("--vs is timed by step alone: python -m bench step --vs PATH")
     if args.optimizer != "adamw" and args.bench != "step":
         raise UserError("--optimizer is timed by step alone: python -m bench step --optimizer muon")
+    if args.recompute and args.bench != "step":
+        raise UserError("--recompute is timed by step alone: python -m bench step --recompute blocks")
     if args.vs:
         steps.load_vs(args)
 

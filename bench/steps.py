@@ -27,6 +27,7 @@ VARIANTS = {  # settings of GPTConfig; --n_exp experts and no capacity unless gi
     "one_hot": {"train_capacity": 1.25},  # top2_capacity by one-hot dispatch
 }
 MUON = "+muon"  # ends the name of a variant that is trained with Muon, not AdamW
+RECOMPUTED = {"experts": "+experts", "blocks": "+blocks"}  # ends the name of a variant whose backward computes it again
 PHASES = ("forward", "backward", "clip", "optimizer")
 
 
@@ -44,7 +45,7 @@ class Trainer(NamedTuple):
 def config_of(args, name):
     """GPTConfig of a variant. Raises ValueError for a shape that no model can have."""
     shape = {field: getattr(args, field) for field in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    settings = {"n_exp": args.n_exp, "train_capacity": math.inf} | VARIANTS[name.removesuffix(MUON)]
+    settings = {"n_exp": args.n_exp, "train_capacity": math.inf} | VARIANTS[name.split("+")[0]]
     return GPTConfig(block_size=args.T, **shape, **settings)
 
 
@@ -102,7 +103,13 @@ def build_trainer(args, name, dtype):
         optimizer = Muon(muon_groups(model, groups), lr=1e-5)
     else:
         optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
-    call = torch.compile(model, fullgraph=name != "vs", dynamic=False) if args.compile else model
+    if args.compile and name.endswith(RECOMPUTED["blocks"]):  # as in training
+        for block in model.transformer.h:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    for part in [part for part, ending in RECOMPUTED.items() if name.endswith(ending)]:
+        model.recompute(part)
+    whole = args.compile and not name.endswith(RECOMPUTED["blocks"])
+    call = torch.compile(model, fullgraph=name != "vs", dynamic=False) if whole else model
     return Trainer(model, lambda x, y: call(x, y)[loss_at], optimizer, getattr(torch, dtype))
 
 
@@ -218,9 +225,12 @@ def add_one_hot(args, dtype, rows, samples, targets):
 
 
 def bench_step(args, dtype):
-    """Variants, with --optimizer muon also trained with Muon, and `--vs`, against dense in the same rounds."""
+    """Variants, those of --optimizer and --recompute too, and `--vs`, against dense in the same rounds."""
     names = [name for name in dict.fromkeys(("dense", *args.variants)) if name != "one_hot"]
-    names += [name + MUON for name in names] * (args.optimizer == "muon") + ["vs"] * bool(args.vs)
+    again = [
+        name + RECOMPUTED[part] for name in names for part in args.recompute if (name, part) != ("dense", "experts")
+    ]
+    names += [name + MUON for name in names] * (args.optimizer == "muon") + again + ["vs"] * bool(args.vs)
     rows, samples = time_steps(args, dtype, [(name, tokens) for tokens in args.tokens for name in names])
     targets = step_targets(args, dtype, rows, samples)
     return add_one_hot(args, dtype, rows, samples, targets) if "one_hot" in args.variants else (rows, samples, targets)

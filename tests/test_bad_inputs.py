@@ -214,7 +214,7 @@ BENCH = [
     ("step --variants", "needs at least one of"),
     ("step --imbalanced --uniform_routing", "exclude each other: pass one"),
     ("step --vs no/such/model.py", "give the path of a model.py"), ("step --vs empty.py", "has no GPT and GPTConfig"),
-    ("scale --vs empty.py", "is timed by step alone"), ("moe --optimizer muon", "is timed by step alone"),
+    ("scale --vs empty.py", "is timed by step alone"), ("scale --recompute blocks", "is timed by step alone"), ("moe --optimizer muon", "is timed by step alone"),
     ("tokenize --megabytes nan", "--megabytes must"), ("tokenize --megabytes 0", "--megabytes must"),
     ("tokenize --tokenizer words", "use gpt2 or bytes"), ("loader --shard_tokens 1000", "must be at least"),
     ("hellaswag --vocab_size 300", "must be at least 50257"), ("sample --T 32 --new_tokens 30", "must lie in 4 to"),

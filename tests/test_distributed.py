@@ -67,16 +67,17 @@ def test_n_processes_make_the_run_of_one(n, alone, shards, tmp_path):
             )
 
 
-def test_a_checkpoint_of_two_ranks_continues_on_one_and_sharded(alone, shards, tmp_path):
-    """2 ranks to step 3, then 1 process, then 2 sharded ranks: the run of one process."""
+def test_a_sharded_checkpoint_continues_on_fewer_ranks_and_on_one(alone, shards, tmp_path):
+    """4 sharded ranks to step 3, 2 sharded ranks to step 6, then 1 process: the run of one process."""
     common = {"data_root": str(shards), "save_checkpoint_every": 3, "use_aux_loss": True, "use_router_z_loss": True,
               "router_use_full_prec": True, "name": "aux", "keep_checkpoints": 9}  # fmt: skip
-    launch(2, tmp_path, [common])
+    launch(4, tmp_path, [common | {"fsdp": True}])
     folder = tmp_path / "aux_test_seed_1337"
-    for n, last, fsdp in ((1, 3, False), (2, 6, True), (1, 6, False)):
+    for n, last, fsdp in ((2, 3, True), (1, 6, False)):
+        assert {path.name for path in folder.glob("step_*")} == {f"step_00000{step}" for step in (3, 6, 9)}
         for path in checkpoint.checkpoints(folder):
             if checkpoint.step_of(path) > last:
-                path.unlink()
+                checkpoint.remove(path)
         (log,) = launch(n, tmp_path, [common | {"resume": "auto", "fsdp": fsdp}]).values()
         assert log["train"][0].tolist() == list(range(9))
         np.testing.assert_allclose(log["train"][1], alone["aux"]["train"][1], rtol=1e-5)
