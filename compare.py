@@ -224,7 +224,7 @@ def difference(losses, baseline):
         if not a or not b:
             return Difference()
         n, minus, widths = min(len(a), len(b)), np.mean(a) - np.mean(b), max(np.ptp(a), np.ptp(b))
-    if n < 2 or widths < 1e-12:
+    if n < 2 or widths < 1e-7:  # less than a digit of the log
         return Difference(float(minus), n=n)
     test, std = ("paired", float(apart.std(ddof=1))) if len(pairs) > 1 else ("Welch", math.nan)
     found = stats.ttest_rel(*pairs.T) if test == "paired" else stats.ttest_ind(a, b, equal_var=False)
@@ -270,6 +270,12 @@ def outcome(found, corrected, failed, failed_baseline):
     return "works" if found.minus < 0 else "harms"
 
 
+def failed_part(states):
+    """The part of the runs that failed, of those that did not die at the start and were not stopped early."""
+    known = states[states.isin(("ok", *FAILED))]
+    return known.isin(FAILED).mean() if len(known) else 0.0
+
+
 def least_difference(table):
     """What the table can see, in words: the spread over seeds and the half-width of a 95 % interval."""
     free = (table.runs_ok - 1).clip(lower=0)[table.val_std.notna()]
@@ -291,6 +297,15 @@ def least_difference(table):
     return words
 
 
+def provenance(groups):
+    """The commits and machines of the runs, in words: a comparison should have one of each."""
+    metas = [run.meta for runs in groups for run in runs]
+    commits = sorted({str(meta.get("commit", "unknown")) for meta in metas})
+    devices = sorted({str(meta.get("device", "unknown")) for meta in metas})
+    shown = ", ".join(commits[:3]) + (f" and {len(commits) - 3} more" if len(commits) > 3 else "")
+    return f"commits: {shown}; machines: {', '.join(devices)}"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Baselines
 
@@ -301,10 +316,8 @@ def find_baselines(groups, spec):
     spec: the name of a variant or log, and settings that tell it from others of that name: no_moe,max_steps=2596. With
     settings it is the baseline of every group.
     """
-    name, *pairs = spec.split(",")
-    wanted = dict(pair.strip().partition("=")[::2] for pair in pairs)
-    of_name = [i for i, runs in enumerate(groups) if name in (variant(runs), runs[0].name)]
-    named = [i for i in of_name if all(has(groups[i][0], *pair) for pair in wanted.items())]
+    name, wanted = parse_spec(spec)
+    of_name, named = matching(groups, name), matching(groups, spec)
     if not named and not of_name:
         raise UserError(f"--baseline {spec}: no such runs; there are {', '.join(dict.fromkeys(map(variant, groups)))}")
     if not named or (wanted and len(named) > 1):
@@ -323,8 +336,21 @@ def find_baselines(groups, spec):
     return [main if i in named else min(others, key=lambda j: distance(i, j)) for i in range(len(groups))]
 
 
-def has(run, name, value):
-    return str((run.settings or {}).get(name, PUBLISHED.get(name))) == value
+def parse_spec(spec):
+    """(name, {setting: value as text}) of no_moe,max_steps=2596"""
+    name, *pairs = spec.split(",")
+    return name, dict(pair.strip().partition("=")[::2] for pair in pairs)
+
+
+def matching(groups, spec):
+    """The numbers of the groups with the name and settings of a spec."""
+    name, wanted = parse_spec(spec)
+
+    def fits(run):
+        settings = PUBLISHED | (run.settings or {})
+        return name in (variant([run]), run.name) and all(str(settings.get(k)) == v for k, v in wanted.items())
+
+    return [i for i, runs in enumerate(groups) if fits(runs[0])]
 
 
 def add_differences(table, groups, spec, at_step=None):
@@ -338,7 +364,7 @@ def add_differences(table, groups, spec, at_step=None):
     if at_step is None:  # a run that is still in mid-schedule is compared with nothing
         good = [[run for run in runs if not mid_schedule(run)] for runs in good]
     losses = [[(curves.pair_key(run), curves.final(run).loss) for run in runs] for runs in good]
-    failed = [found.state.isin(FAILED).mean() for found in tables]
+    failed = [failed_part(found.state) for found in tables]
     comparable = [not set(SAME_VAL) & set(disagreement(groups[i], groups[j])) for i, j in enumerate(chosen)]
     found = [
         difference(losses[i], losses[j]) if i != j and comparable[i] else Difference() for i, j in enumerate(chosen)
@@ -444,7 +470,7 @@ def report(runs, baseline=None, at_step=None):
     words = []
     if baseline:
         table = add_differences(table, groups, baseline, at_step)
-        words = [least_difference(table)]
+        words = [least_difference(table), provenance(groups)]
         if at_step is None:
             table, fits = add_speedups(table, groups, baseline)
             words.append(fits)

@@ -2,12 +2,13 @@
 
     python digest.py
 
-A table in a page stands between two lines, and is replaced by the rows of the named variants (all, where none is):
+A table in a page stands between two lines, and is replaced by the rows of the named variants (all, if none is named):
 
     <!-- digest: equal no_moe,max_steps=2596 only_moe half_width -->
     <!-- end -->
 
-The first word is a folder in results/, the second the baseline as in `python runlog.py --baseline`.
+The first word is a folder in results/, the second the baseline as in `python runlog.py --baseline`, and the others are
+variants, with settings in the same form if one is not enough: half_width,n_exp=16.
 """
 
 import re
@@ -63,8 +64,22 @@ def markdown(shown):
 
 def compared(groups, baseline):
     """The table of a folder's groups against a baseline, and what its effective speedups are."""
+    groups = comparable(groups, baseline)
     table = compare.add_differences(compare.summary_of(groups), groups, baseline)
     return compare.add_speedups(table, groups, baseline)
+
+
+def comparable(groups, baseline):
+    """The rows of a table: all groups against dense; else MoEs, and those that a baseline with settings tells apart.
+
+    A baseline with settings is for one question, such as equal FLOPs: rows with other settings than those are left out.
+    """
+    base = groups[compare.find_baselines(groups, baseline)[0]]
+    name, settings = compare.parse_spec(baseline)
+    if name == "no_moe" and not settings:
+        return groups
+    moes = [runs for runs in groups if runs is base or not sweep.is_dense(runs[0].settings or {})]
+    return [runs for runs in moes if not settings or set(compare.disagreement(runs, base)) <= settings.keys()]
 
 
 def section(name, groups):
@@ -77,29 +92,38 @@ def section(name, groups):
     for baseline in baselines:
         table, fit = compared(groups, baseline)
         words = [compare.least_difference(table), *([] if fit.startswith("no effective") else [fit])]
-        notes = "".join(f"- {line}\n" for line in [*words, *compare.notes(table)])
+        notes = "".join(f"- {line}\n" for line in [*words, *compare.notes(table), compare.provenance(groups)])
         text += f"\nBaseline: `{baseline}`\n\n{markdown(compare.cells(table))}\n{notes}"
     return text
 
 
 def published():
-    """The published runs at one step: counts and means, and no differences, because `val` has router losses in it."""
-    runs = runlog.load_published(RESULTS / "published" / "curves.csv")
-    table = compare.summary_of(compare.in_order(compare.group(runs)), PUBLISHED_STEP)
-    text = f"\n## published, at step {PUBLISHED_STEP:,}\n\nHere val contains the router losses of a run.\n\n"
-    return text + markdown(compare.cells(table)) if runs else ""
+    """The tables of the published runs at one step, with the load-balance loss taken out of val."""
+    runs = map(runlog.without_aux_loss, runlog.load_published(RESULTS / "published" / "curves.csv"))
+    groups = compare.in_order(compare.group(runs))
+    text = (
+        f"\n## published, at step {PUBLISHED_STEP:,}\n\nIn mid-schedule. The published val contains the router losses. "
+    )
+    text += f"{runlog.PUBLISHED_AUX_LOSS} is subtracted for\nthe load-balance loss; the z-loss stays in.\n"
+    for baseline in BASELINES if groups else ():
+        table = compare.add_differences(compare.summary_of(groups, PUBLISHED_STEP), groups, baseline, PUBLISHED_STEP)
+        notes = compare.least_difference(table)
+        text += f"\nBaseline: `{baseline}`\n\n{markdown(compare.cells(table))}\n- {notes}\n"
+    return text if groups else ""
 
 
 def short_table(folders, line):
-    """The table of a marker's words: folder, baseline, variants."""
+    """The table of a marker's words: folder, baseline, variants. p-values are corrected as in the digest's table."""
     name, baseline, *variants = line.split()
     if name not in folders:
         raise UserError(f"<!-- digest: {line} -->: no logs in results/{name}; there are {', '.join(folders)}")
     table, _ = compared(folders[name], baseline)
     shown = compare.cells(table).assign(label=[label_of(name) for name in table.variant])
-    if absent := [v for v in variants if v not in set(table.variant)]:
-        raise UserError(f"<!-- digest: {line} -->: no runs of {absent[0]} in results/{name}")
-    shown = shown[table.variant.isin(variants or table.variant)]
+    groups = comparable(folders[name], baseline)
+    found = {spec: compare.matching(groups, spec) for spec in variants}
+    if absent := [spec for spec in variants if not found[spec]]:
+        raise UserError(f"<!-- digest: {line} -->: no runs of {absent[0]} in this table")
+    shown = shown.iloc[[i for rows in found.values() for i in rows]] if variants else shown
     shown = shown[[head for head in SHORT if head in shown and set(shown[head]) != {"-"}]]
     return markdown(shown)
 

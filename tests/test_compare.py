@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import SETTINGS, call, write_log
 from scipy import stats
@@ -322,6 +323,11 @@ def test_outcomes(low, high, corrected, failed, wanted):
     assert compare.outcome(difference_of(low, high, 0.01), corrected, *failed) == wanted
 
 
+def test_runs_that_were_stopped_early_are_no_failures():
+    states = pd.Series(["ok", "diverged", "stuck", "unfinished", "died"])
+    assert compare.failed_part(states) == pytest.approx(2 / 3) and compare.failed_part(states[3:]) == 0
+
+
 def make_groups(folder, seeds=(1, 2, 3), **more):
     """Dense of 100 and 200 steps, dense with Muon; top 2 with both optimizers and with a load-balance loss."""
     arms = [("no_moe", 2.0, {"n_exp": 1}), ("no_moe", 1.9, {"n_exp": 1, "max_steps": 200}),
@@ -409,6 +415,16 @@ def test_the_least_difference_is_the_half_width_of_the_interval(tmp_path):
     table = compare.add_differences(compare.summary_of(groups), groups, "no_moe")
     row = table[table.variant == "only_moe"].iloc[0]
     assert f"reaches {(row.high - row.low) / 2:.4f} to each side (paired)" in compare.least_difference(table)
+
+
+def test_commits_and_machines_of_a_comparison_are_named(tmp_path):
+    for seed, commit in ((1, "a"), (2, "b-dirty")):
+        path = write_run(tmp_path, "moe", seed, 10_000, 2.0)
+        path.with_suffix(".json").write_text(
+            json.dumps(json.loads(path.with_suffix(".json").read_text()) | {"commit": commit})
+        )
+    code, out, _ = call("runlog", tmp_path, "--baseline", "only_moe")
+    assert code == 0 and "commits: a, b-dirty; machines: a\n" in out
 
 
 def test_streams_that_are_absent_are_dashes(tmp_path):

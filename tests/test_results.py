@@ -98,6 +98,22 @@ def test_a_table_between_markers_is_made_anew():
     [row] = [line for line in filled.splitlines() if line.startswith("| `")]
     assert row.startswith("| `aux_only` | load-balance loss alone | 3 | 1.6376±0.0043 | -0.077 [-0.103, -0.052] |")
     assert digest.filled(filled, folders) == filled
+    two = digest.filled(page.replace("aux_only", "sigmoid aux_only,n_exp=8"), folders)
+    assert [line.split("`")[1] for line in two.splitlines() if line.startswith("| `")] == ["sigmoid", "aux_only"]
     for words in ("absent no_moe", "cpu_small no_moe absent", "cpu_small absent"):
         with pytest.raises(UserError, match="absent"):
             digest.filled(page.replace("cpu_small no_moe aux_only", words), folders)
+
+
+def test_the_rows_of_a_digest_table():
+    """Against plain MoE the MoEs; against a baseline with settings those that differ in these alone."""
+    groups = digest.groups_of(RESULTS / "cpu_small")
+    assert len(digest.comparable(groups, "no_moe")) == 18 and len(digest.comparable(groups, "only_moe")) == 17
+    longer = [run._replace(meta=changed(run, max_steps=2596)) for run in groups[0]]
+    other = [run._replace(meta=changed(run, B=4)) for run in groups[1]]
+    rows = digest.comparable([*groups, longer, other], "no_moe,max_steps=2596")
+    assert longer in rows and other not in rows and groups[0] not in rows and len(rows) == 18
+
+
+def changed(run, **settings):
+    return run.meta | {"args": run.meta["args"] | settings}
