@@ -48,12 +48,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, n_chunks, z_weight):
+    def forward(ctx, h, weight, targets, chunk_rows, z_weight):
         w = weight.to(h.dtype)
         count = (targets >= 0).sum()
         total = z_total = at_least_float32(h.new_zeros(()))
         grad_h, grad_w = [], torch.zeros_like(weight)
-        for h_c, targets_c in zip(h.tensor_split(n_chunks), targets.tensor_split(n_chunks), strict=True):
+        for h_c, targets_c in zip(h.split(chunk_rows), targets.split(chunk_rows), strict=True):
             logits = at_least_float32(h_c @ w.t())
             first = logits[:, :1].clone() if z_weight else None
             logp = torch.log_softmax(logits, dim=-1)
@@ -65,7 +65,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logsumexp = first - logp[:, :1]
                 z_total = z_total + (logsumexp.square() * valid).sum()
                 scale = valid * (1 + 2 * z_weight * logsumexp)
-            grad = logp.exp_().mul_(scale).scatter_add_(1, index, -valid).to(h.dtype)
+            if torch.compiler.is_compiling():  # a scatter would be a kernel of its own, with the gradient in float32
+                hot = torch.arange(len(w), device=h.device) == index
+                grad = (logp.exp() * scale - torch.where(hot, valid, 0.0)).to(h.dtype)
+            else:
+                grad = logp.exp_().mul_(scale).scatter_add_(1, index, -valid).to(h.dtype)
             grad_h.append(grad @ w)
             if grad.dtype == grad_w.dtype:
                 grad_w.addmm_(grad.t(), h_c)
@@ -91,11 +95,11 @@ def linear_cross_entropy(h, weight, targets, reduction="mean"):
     h (N, D) in the compute type, weight (V, D), targets (N,) int64. Returns nats in float32: the mean over targets, a
     scalar, or with reduction="none" (N,), 0 where ignored. Reference: `full_cross_entropy`.
     """
-    n_chunks = count_chunks(h, weight)
+    rows = chunk_rows(h, weight)
     if reduction == "mean" and torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(h, weight, targets, n_chunks, 0.0)[0]
+        return LinearCrossEntropy.apply(h, weight, targets, rows, 0.0)[0]
     w = weight.to(h.dtype)
-    pairs = zip(h.tensor_split(n_chunks), targets.tensor_split(n_chunks), strict=True)
+    pairs = zip(h.split(rows), targets.split(rows), strict=True)
     losses = torch.cat([
         F.cross_entropy(at_least_float32(h_c @ w.t()), targets_c.clamp(min=-1), ignore_index=-1, reduction="none")
         for h_c, targets_c in pairs
@@ -108,12 +112,15 @@ def linear_cross_entropy_with_z_loss(h, weight, targets, z_weight):
 
     The z-loss is the mean squared logsumexp of the logits. Reference: `full_z_loss`.
     """
-    return LinearCrossEntropy.apply(h, weight, targets, count_chunks(h, weight), z_weight)
+    return LinearCrossEntropy.apply(h, weight, targets, chunk_rows(h, weight), z_weight)
 
 
-def count_chunks(h, weight):
-    rows = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])  # most rows per chunk
-    return max(1, math.ceil(h.shape[0] / rows))
+def chunk_rows(h, weight):
+    """Rows of h per chunk: chunks of nearly equal size; large ones of a multiple of 128 rows, for the matrix units."""
+    most = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])
+    unit = 128 if most >= 1024 else 1
+    rows = math.ceil(h.shape[0] / math.ceil(h.shape[0] / (most - most % unit)))
+    return math.ceil(rows / unit) * unit
 
 
 # ---------------------------------------------------------------------------------------------------------------------

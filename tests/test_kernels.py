@@ -91,6 +91,30 @@ def test_chunked_cross_entropy(rows_per_chunk, ignored, monkeypatch):
     assert (results[0][4][targets < 0] == 0).all()
 
 
+@pytest.mark.slow
+def test_compiled_cross_entropy(monkeypatch):
+    """It takes the gradient of the logits by comparison, not by a scatter: losses and gradients are the same."""
+    monkeypatch.setitem(kernels.LOGITS_PER_CHUNK, "cpu", 32 * 50)
+    h, weight, targets = random_loss_inputs()
+    loss_of, results = kernels.linear_cross_entropy_with_z_loss, []
+    for loss in (loss_of, torch.compile(loss_of, backend="aot_eager", fullgraph=True)):
+        h_, weight_ = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        losses = loss(h_, weight_, targets, 0.1)
+        losses[0].backward()
+        results.append([*losses, h_.grad, weight_.grad])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("n_rows, rows", [(1, 128), (2048, 1024), (8192, 1664), (16384, 1920), (2049, 1152)])
+def test_large_chunks_have_a_multiple_of_128_rows_and_are_below_32_mb(n_rows, rows):
+    assert kernels.chunk_rows(torch.empty(n_rows, 1), torch.empty(4096, 1)) == rows
+    assert 4 * rows * 4096 < 2**25
+
+
+def test_chunks_of_a_large_vocabulary_have_equal_size():
+    assert kernels.chunk_rows(torch.empty(1024, 1), torch.empty(50304, 1)) == 147
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunked_cross_entropy_holds_one_chunk_at_a_time(dtype, monkeypatch):
     monkeypatch.setitem(kernels.LOGITS_PER_CHUNK, "cpu", 64 * 1000)
