@@ -125,9 +125,9 @@ def needed_bytes(args, config, machine):
     params, matrices = (4 * count // share for count in count_params(config))
     moments = {"adamw": 2 * params, "muon": 2 * params - matrices, "adafactor": 0}  # Muon keeps one per hidden matrix
     n_moe = count_moe_layers(config)
-    hidden = (config.n_layer - n_moe) * config.hidden
-    hidden += n_moe * (config.top_k * config.hidden_of_expert + config.hidden_of_shared)
-    per_token = config.n_layer * 8 * config.n_embd + 2 * hidden
+    hidden = 2 * ((config.n_layer - n_moe) * config.hidden + n_moe * config.hidden_of_shared)
+    hidden += n_moe * config.top_k * config.hidden_of_expert  # routed experts compute GELU again
+    per_token = config.n_layer * 8 * config.n_embd + hidden
     return {
         "parameters": params,
         "gradients": params,

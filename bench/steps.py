@@ -72,6 +72,7 @@ def load_vs(args):
     if spec is None or not path.is_file():
         raise UserError(f"--vs {path} is not a Python file: give the path of a model.py like nanoGPT's")
     module = sys.modules["vs_model"] = importlib.util.module_from_spec(spec)
+    sys.path.append(str(path.resolve().parent))  # it may import files beside it, as nanoMoE's does
     shape = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "dropout": 0.0, "bias": True}
     torch.manual_seed(args.seed)
     try:

@@ -208,7 +208,9 @@ def run(monkeypatch, *argv):
 
 def test_step_beside_another_repository(tmp_path, monkeypatch):
     path = tmp_path / "model.py"
-    path.write_text(VS_MODEL)
+    path.write_text("import vs_beside\n" + VS_MODEL)
+    (tmp_path / "vs_beside.py").write_text("")
+    monkeypatch.setattr(sys, "path", [*sys.path])
     words = ("step", *SHAPE, *SHORT, "--variants", "dense", "--tokens", 64, "--dtype", "float32")
     assert run(monkeypatch, *words, "--vs", path, "--out_dir", tmp_path) == 0
     result = json.loads((tmp_path / "step_cpu_float32.json").read_text())
