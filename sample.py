@@ -31,9 +31,11 @@ from common import NotNegative, Positive, Seed, UserError
 # Inference: type, attention and memory (hellaswag.py uses them too)
 
 
-def inference_dtype(device):
-    """Type of the matrix products: bfloat16 on CUDA, float32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def inference_dtype(device, config):
+    """Type of the matrix products: bfloat16 on CUDA, if it has the grouped products of this model, else float32."""
+    widths = (config.n_embd, config.hidden_of_expert) if config.n_exp > 1 else ()
+    whole = all(width % 8 == 0 for width in widths)  # rows of whole 16 bytes
+    return torch.bfloat16 if device.type == "cuda" and whole else torch.float32
 
 
 def attention_without_cudnn(device):
@@ -242,7 +244,7 @@ def read_prompt(args):
 
 def check_memory(model, prompt_length, args, device):
     """UserError if --num_samples samples need more memory than is free: cache, prompt in the widest layer, logits."""
-    c, width = model.config, inference_dtype(device).itemsize
+    c, width = model.config, inference_dtype(device, model.config).itemsize
     positions = c.block_size if device.type == "cuda" else min(c.block_size, prompt_length + args.max_new_tokens)
     cache, prompt, logits = 2 * c.n_layer * positions * width, prompt_length * 6 * width, c.vocab_size * 16
     require_memory((cache + prompt) * c.n_embd + logits, args.num_samples, device, "--num_samples")
@@ -265,7 +267,7 @@ def main():
         args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed),
         tokenizer.eot, tokenizer.vocab_size,
     )  # fmt: skip
-    with common.autocast(device, inference_dtype(device)):
+    with common.autocast(device, inference_dtype(device, model.config)):
         print_samples(steps, tokenizer, prompt, args.num_samples)
 
 

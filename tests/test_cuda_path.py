@@ -13,7 +13,7 @@ import torch
 from torch.utils import cpp_extension
 
 import kernels
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, MoE
 
 TESTS = Path(__file__).parent
 
@@ -95,45 +95,60 @@ def on_cuda(patch):
     patch.setattr(kernels, "grouped_linear_loop", None)  # whoever calls it fails
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("counts", [(64, 64, 64, 64), (3, 0, 200, 53), (0, 0, 256, 0), (7, 1, 247, 1)])
-def test_grouped_products_are_the_loop_over_experts(counts, bias, monkeypatch):
-    """Output and gradients, with experts without rows and row counts that nothing divides."""
-    generator = torch.Generator().manual_seed(0)
-    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
-    shapes = ((256, 64), (4, 64, 128), (256, 128), (4, 128))
-    x, weight, grad, b = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+def both_ways(monkeypatch, run):
+    """run() on the branches of CPU and CUDA, each with the same random numbers."""
     results = []
     for cuda in (False, True):
-        leaves = [t.clone().requires_grad_() for t in ([x, weight, b] if bias else [x, weight])]
-        with monkeypatch.context() as patch:
-            if cuda:
-                on_cuda(patch)
-            y = kernels.grouped_linear(*leaves, *([] if bias else [None]), ends)
-            y.backward(grad)
-        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    for loop, grouped in zip(*results, strict=True):
-        assert (grouped.float() - loop.float()).norm() <= 1e-2 * loop.float().norm()
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_a_step_on_the_branch_of_cuda_is_the_step_on_the_cpu(name, monkeypatch):
-    shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "block_size": 64, "vocab_size": 512, "n_exp": 8}
-    idx, targets = torch.randint(512, (2, 2, 64), generator=torch.Generator().manual_seed(1))
-    results = []
-    for cuda in (False, True):
-        model = GPT(GPTConfig(**shape | SETTINGS[name]), torch.Generator().manual_seed(0))
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
             if cuda:
                 on_cuda(patch)
             torch.manual_seed(0)
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = model(idx, targets).loss
-            loss.backward()
-        results.append((loss.item(), {key: p.grad for key, p in model.named_parameters()}))
-    (loss, grads), (cuda_loss, cuda_grads) = results
+            results.append(run())
+    return results
+
+
+def is_close(ours, expected, tolerance):
+    return (ours.float() - expected.float()).norm() <= tolerance * expected.float().norm() + 1e-6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("loads", ["even", "two of eight"])
+def test_experts_on_the_branch_of_cuda_are_those_of_the_cpu(loads, bias, monkeypatch):
+    """Output and gradients of a MoE layer, also where experts have no rows."""
+    config = GPTConfig(n_exp=8, n_embd=64, n_head=4, bias=bias, train_capacity=math.inf)
+    x, grad = torch.randn(2, 4, 61, 64, generator=torch.Generator().manual_seed(1))
+    if loads != "even":
+        x[..., 0] = 9
+
+    def run():
+        layer, leaf = MoE(config), x.clone().requires_grad_()
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.normal_(std=0.05)
+            layer.router.w_g.weight[:, 0] = torch.tensor([9.0, 8.0, *[0.0] * 6]) if loads != "even" else 0.0
+        y, _ = layer(leaf)
+        y.backward(grad)
+        return [y.detach(), leaf.grad, *(p.grad for p in layer.parameters())], layer.count
+
+    (cpu, count), (cuda, cuda_count) = both_ways(monkeypatch, run)
+    assert torch.equal(count, cuda_count) and int((count == 0).sum()) == (0 if loads == "even" else 6)
+    assert all(is_close(ours, expected, 0.02) for ours, expected in zip(cuda, cpu, strict=True))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_on_the_branch_of_cuda_is_that_of_the_cpu(name, monkeypatch):
+    shape = {"n_layer": 2, "n_embd": 64, "n_head": 4, "block_size": 64, "vocab_size": 512, "n_exp": 8}
+    idx, targets = torch.randint(512, (2, 2, 64), generator=torch.Generator().manual_seed(1))
+
+    def run():
+        model = GPT(GPTConfig(**shape | SETTINGS[name]), torch.Generator().manual_seed(0))
+        loss = model(idx, targets).loss
+        loss.backward()
+        return loss.item(), {key: p.grad for key, p in model.named_parameters()}
+
+    (loss, grads), (cuda_loss, cuda_grads) = both_ways(monkeypatch, run)
     assert cuda_loss == pytest.approx(loss, rel=1e-4)
     for key, expected in grads.items():
         assert cuda_grads[key].dtype == torch.float32 and cuda_grads[key].is_contiguous(), key
-        if ".router." not in key:  # its gradient is a small difference of large numbers
-            assert (cuda_grads[key] - expected).norm() <= 0.03 * expected.norm() + 1e-6, key
+        # a router's gradient is a small difference of large numbers
+        assert ".router." in key or is_close(cuda_grads[key], expected, 0.03), key

@@ -255,6 +255,15 @@ def test_autocast_reaches_the_cache_and_the_logits():
         assert sample.generate(model, PROMPT, 30, generator=seeded()).shape == (2, 35)
 
 
+def test_bfloat16_on_cuda_where_the_grouped_products_can_read_the_rows():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for fields, whole in (({}, True), ({"n_embd": 20}, True), ({"n_exp": 4}, True), ({"n_exp": 4, "n_embd": 20}, False),
+                          ({"n_exp": 4, "expert_hidden": 12}, False)):  # fmt: skip
+        config = GPTConfig(**SMALL | fields)
+        assert sample.inference_dtype(cuda, config) == (torch.bfloat16 if whole else torch.float32)
+        assert sample.inference_dtype(cpu, config) == torch.float32
+
+
 WORKER = """
 import json, sys, torch, torch.distributed as dist
 import common, sample, test_sample as t
