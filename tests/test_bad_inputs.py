@@ -71,7 +71,8 @@ TRAIN = [
     ("--resume nowhere.pt", "no such file or folder; auto"), ("--resume foreign.pt", "is not a checkpoint"),
     ("--resume run", "copy a whole one there"), ("--resume empty", "no checkpoint"), ("--resume autoo", "auto takes"),
     ("--init_from nowhere/at/all", "give a checkpoint"), ("--init_from foreign.pt", "is not a checkpoint"),
-    ("--init_from hf_torn", "config.json does not describe a model"), ("--init_from dense --n_layer 3 --T 16", "leave it out"),
+    ("--init_from hf_torn", "config.json does not describe a model"),
+    ("--init_from dense --n_layer 3 --T 16", "leave it out"),
     ("--init_from gpt2like --n_embd 8", "make shards with fineweb.py --tokenizer gpt2"),
     ("--init_from empty", "no checkpoint"), ("--init_from dense --n_embd 8", "more than the 16 positions"),
     ("--init_from run --n_embd 8 --n_exp 2 --T 8", "do not fit"),
@@ -164,7 +165,7 @@ RUNLOG = [
     ("odd/log_moe_b_seed_1.txt", "does not hold the settings of a run: restore it"),
     ("odd/log_moe_c_seed_1.txt", "cannot be read"), ("odd/log_moe_d_seed_1.txt", "is not `step stream value`"),
     ("odd/log_moe_e_seed_1.txt", "restore it, or remove it"), ("logs --at_step -1", "--at_step must"),
-    ("logs --baseline absent", "absent: no such runs"), ("logs --baseline moe,max_steps=9", "no such runs"),
+    ("logs --baseline absent", "absent: no such runs"), ("logs --baseline moe,max_steps=9", "give settings as"),
     ("logs --at_step 5 --thin y", "leave out"), ("logs --baseline moe --thin y", "leave out"),
     ("logs --thin file", "choose another --thin"), ("logs --thin file/deep", "choose another --thin"),
     ("--published absent --out curves.csv", "unpack the published logs there"), ("logs --best", "--help"),
@@ -172,7 +173,8 @@ RUNLOG = [
 ]  # fmt: skip
 
 EXPORT = [
-    ("", "--checkpoint"), ("--checkpoint run", "give one thing to write"), ("--checkpoint absent --export_hf out", "absent"),
+    ("", "--checkpoint"), ("--checkpoint run", "give one thing to write"),
+    ("--checkpoint absent --export_hf out", "absent"),
     ("--checkpoint empty --export_hf out", "no checkpoint"),
     ("--checkpoint foreign.pt --export_hf out", "not a checkpoint"),
     ("--checkpoint torn.pt --export_hf out", "use an older one"),
