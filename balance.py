@@ -19,9 +19,11 @@ Suffixes as in moe.py: T tokens, E experts, K choices per token, B sequences; M 
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the load-balance loss counts. (MoE, Routing, Plan, number of sequences) -> scalar, gradient through P alone
+# What the load-balance loss counts. (MoE, Routing, Plan, number of sequences) -> scalar, gradient through P alone; in
+# training with the scope step it is (2, E), load and P, of which losses_in_step() makes the scalar after the last layer
 
 
 def balance_in_micro_batch(moe, routing, plan, n_sequences):
@@ -32,13 +34,35 @@ def balance_in_micro_batch(moe, routing, plan, n_sequences):
 def balance_in_step(moe, routing, plan, n_sequences):
     if not moe.training:  # only in training do all ranks run the same number of forwards
         return balance_in_micro_batch(moe, routing, plan, n_sequences)
-    with torch.no_grad():
-        new = torch.cat([plan.count_E, plan.count_E.new_tensor([routing.logits_TE.shape[0]])])
-        if dist.is_initialized():
-            dist.all_reduce(new)
-        moe.so_far.add_(new)
-    f_E = moe.so_far[:-1] / moe.so_far[-1]
-    return moe.config.n_exp * (f_E * routing.probs_TE.mean(dim=0)).sum()
+    P_E = routing.probs_TE.mean(dim=0)
+    return torch.stack([plan.count_E.to(P_E.dtype), P_E])
+
+
+def losses_in_step(so_far, of_layers, n_tokens):
+    """The load-balance loss of each of the L MoE layers, by one all-reduce for all of them.
+
+    so_far (L, E + 1): choices per expert, then tokens, of the step so far on all ranks; this micro-batch is added.
+    of_layers: the values of balance_in_step for the micro-batch of this rank, which has n_tokens.
+    """
+    count_LE, P_LE = torch.stack(of_layers).unbind(1)
+    f_LE = load_in_step(so_far, count_LE.detach(), n_tokens)
+    return [len(f_E) * (f_E * P_E).sum() for f_E, P_E in zip(f_LE, P_LE, strict=True)]
+
+
+# Opaque to torch.compile, which would otherwise recompute the sum in backward from `so_far`, changed by then.
+@torch.library.custom_op("moe::load_in_step", mutates_args=("so_far",))
+def load_in_step(so_far: torch.Tensor, count_LE: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """f_LE, choices per token, of the step so far on all ranks, after adding this micro-batch to `so_far`."""
+    new = F.pad(count_LE, (0, 1), value=n_tokens).to(so_far.dtype)
+    if dist.is_initialized():
+        dist.all_reduce(new)
+    so_far.add_(new)
+    return (so_far[:, :-1] / so_far[:, -1:]).to(count_LE.dtype)
+
+
+@load_in_step.register_fake
+def _(so_far, count_LE, n_tokens):
+    return torch.empty_like(count_LE, memory_format=torch.contiguous_format)
 
 
 def balance_in_sequence(moe, routing, plan, n_sequences):

@@ -1,14 +1,19 @@
 """Checkpoints: whole or absent on disk, read without executing anything; models from them and from Hugging Face.
 
     python checkpoint.py --checkpoint checkpoints/RUN --export_hf my_model    # a folder for Hugging Face transformers
+    python checkpoint.py --checkpoint checkpoints/RUN/step_000100 --merge one.pt    # a sharded set as a single file
 
 A checkpoint is `{run folder}/step_{step:06d}.pt`, a dict written by torch.save: format, model, optimizer, loader,
 progress, step, args, config, tokenizer. It is fsynced under a temporary name and renamed, so it is whole when it
 appears; later damage is found by its checksums, which torch.load does not verify. Loading is `weights_only`: a pickle
 that asks for anything but tensors and plain values is refused.
 
-Format 2: `model` and `optimizer` are the whole, unsharded state by parameter name, so a run of N ranks, sharded or not,
-continues on M. Format 1 numbers the optimizer's parameters in the order of model.optimizer_groups; it still loads.
+A run with --fsdp writes a set instead, the folder `step_{step:06d}` (sharded.py): each rank its own part, then rank 0
+the file index.pt, which is the rest of that dict. The set exists when the index does. Whatever reads a checkpoint reads
+both forms, and a run of N ranks, sharded or not, continues on M from either.
+
+Format 2: `model` and `optimizer` hold the state by parameter name. Format 1 numbers the optimizer's parameters in the
+order of model.optimizer_groups; it still loads.
 
 `init_from` puts the weights of a checkpoint, a run folder (its newest checkpoint), a Hugging Face folder (hf.py: GPT-2
 or an exported MoE model), or a GPT-2 name into a new model, dense or MoE. A dense MLP is copied into every expert
@@ -19,6 +24,7 @@ function before its first step.
 import dataclasses
 import math
 import re
+import shutil
 import sys
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +42,7 @@ from model import GPT
 from tokenizer import get_tokenizer
 
 FORMAT = 2
+INDEX = "index.pt"  # in the folder of a sharded set
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
@@ -48,6 +55,15 @@ def step_path(folder, step):
 def step_of(path):
     """Number of updates made before the checkpoint `path` was written."""
     return int(Path(path).stem.removeprefix("step_"))
+
+
+def set_path(folder, step):
+    """The folder of a sharded set."""
+    return step_path(folder, step).with_suffix("")
+
+
+def is_set(path):
+    return (Path(path) / INDEX).exists()
 
 
 def to_plain(value, copy=False, seen=None):
@@ -78,38 +94,59 @@ def save(state, path):
     try:
         with atomic_write(path) as f:
             torch.save(state, f)
-    except RuntimeError as error:  # torch hides the OSError of a failed write behind its own error
-        while error and not isinstance(error, OSError):
-            error = error.__context__
-        if error is None:
-            raise
-        raise error from None
+    except RuntimeError as error:
+        raise common.os_error_behind(error) from None
 
 
 class BackgroundSaver:
     """Writes checkpoints in another thread and keeps the newest `keep` whole ones of the folder.
 
     Training waits only while the previous checkpoint is still being written. `on_error(error)` is called, in the
-    training thread, once for each checkpoint that could not be written. Call wait() before the process ends.
+    training thread, once for each checkpoint that could not be written. Call wait() before the process ends. `group`:
+    of all ranks on gloo, for save_shards() alone.
     """
 
-    def __init__(self, keep, on_error):
-        self.keep, self.on_error, self.checked = keep, on_error, {}
-        self.pool, self.future, self.error = ThreadPoolExecutor(max_workers=1), None, None
+    def __init__(self, keep, on_error, group=None):
+        self.keep, self.on_error, self.group, self.checked = keep, on_error, group, {}
+        self.pool, self.future, self.error, self.folder = ThreadPoolExecutor(max_workers=1), None, None, None
 
     def save(self, state, path):
         """Start to save `state`. Its tensors must not change any more: get_state() returns copies."""
         self.wait()
-        self.future = self.pool.submit(self.write, to_plain(state), Path(path))
+        self.future = self.pool.submit(self.write, to_plain(state), Path(path), Path(path).parent)
 
-    def write(self, state, path):
+    def save_shards(self, model, optimizer, fields, folder, background):
+        """Start to save a set: the state of an FSDP run and the dict `fields`. Every rank calls it, and wait().
+
+        background: copy this rank's part to the CPU and write the copy; else write the tensors themselves, and return
+        when the set is whole.
+        """
+        import sharded
+
+        def write_index(index):
+            self.write(fields | {"index": index | {"tied": sharded.tied_names(model)}}, folder / INDEX, folder.parent)
+
+        self.wait()
+        self.folder, fields = folder, to_plain(fields)
+        if common.world()[0] == 0:
+            remove(folder)  # a damaged set of this step; no rank writes before rank 0 has told it what
+        tensors = sharded.tensors_of(model, optimizer, with_moments=bool(optimizer.state))
+        self.future = sharded.write(tensors, folder, self.group, background, write_index)
+
+    def write(self, state, path, folder):
         save(state, path)
-        prune(path.parent, self.keep, self.checked)
+        prune(folder, self.keep, self.checked)
 
     def wait(self):
         """Wait until the last checkpoint is on disk. Returns its OSError, or None."""
         if self.future:
             self.error, self.future = self.future.exception(), None
+            if self.error and self.folder:
+                import sharded
+
+                self.error = sharded.first_os_error(self.error)
+                if common.world()[0] == 0:
+                    remove(self.folder)  # parts that would fill the disk
             if self.error and not isinstance(self.error, OSError):
                 raise self.error
             if self.error:
@@ -118,29 +155,37 @@ class BackgroundSaver:
 
 
 def checkpoints(folder):
-    """Paths of the checkpoints in `folder`, oldest first. Files under a temporary name are left out."""
-    paths = Path(folder).glob("step_*.pt")
-    return sorted((p for p in paths if re.fullmatch(r"step_\d{6,}\.pt", p.name)), key=step_of)
+    """Paths of the checkpoints in `folder`, files and sets, oldest first. Those not yet written whole are left out."""
+    found = [path for path in Path(folder).glob("step_*") if re.fullmatch(r"step_\d{6,}(\.pt)?", path.name)]
+    return sorted((path for path in found if path.suffix or is_set(path)), key=step_of)
+
+
+def remove(path):
+    """Remove a checkpoint, file or set, whole or not. Of a set the index goes first, with which it ceases to exist."""
+    (path if path.suffix else path / INDEX).unlink(missing_ok=True)
+    if not path.suffix:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def prune(folder, keep, checked=None):
     """Remove all but the newest `keep` whole checkpoints, and leftovers of killed writers. One writer per folder.
 
-    A damaged file does not count: with keep=1 it must not displace the last good one. `checked` remembers the result
-    of zip_error for a file (path, size, time of change), so that each is read once.
+    A damaged one does not count: with keep=1 it must not displace the last good one. `checked` remembers the result of
+    damage() for a file (path, size, time of change), so that each is read once.
     """
     checked = {} if checked is None else checked
-    for leftover in Path(folder).glob("step_*.pt" + TEMP_SUFFIX):
-        leftover.unlink(missing_ok=True)
+    for leftover in Path(folder).glob("step_*"):
+        if leftover.name.endswith(".pt" + TEMP_SUFFIX) or (leftover.is_dir() and not is_set(leftover)):
+            remove(leftover)
     whole = 0
     for path in reversed(checkpoints(folder)):
         if whole >= keep:
-            path.unlink(missing_ok=True)
+            remove(path)
             continue
-        stat = path.stat()
+        stat = (path / INDEX if path.is_dir() else path).stat()
         key = (path, stat.st_size, stat.st_mtime_ns)
         if key not in checked:
-            checked[key] = zip_error(path)
+            checked[key] = damage(path)
         whole += checked[key] is None
 
 
@@ -148,11 +193,19 @@ def prune(folder, keep, checked=None):
 # Reading
 
 
-def zip_error(path):
-    """Error of the file as an archive written by torch.save, or None. Reads all of it to verify the checksums.
+def damage(path):
+    """Error of a checkpoint, file or set, or None. Reads all of it."""
+    try:
+        return None if is_set(path) and load_set(path) else zip_error(path)
+    except UserError as error:
+        return str(error)
 
-    torch.save neither compresses nor sets attributes. A compressed entry could be a zip bomb; one attribute bit makes
-    torch's reader take an entry for a folder and return memory that it never filled.
+
+def zip_error(path):
+    """Error of the file, a path or open, as an archive that torch.save wrote, or None. Reads all of it.
+
+    Verifies its checksums. torch.save neither compresses nor sets attributes. A compressed entry could be a zip bomb;
+    one attribute bit makes torch's reader take an entry for a folder and return memory that it never filled.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -168,9 +221,21 @@ def zip_error(path):
 def load(path, needs=(), mmap=False):
     """The dict that save() wrote, on the CPU, with at least the fields `needs`.
 
-    UserError, naming the file, for any other file. mmap: tensors are read from the file when used, for readers of the
-    weights alone; the file must then stay in place.
+    Of a set, `model` and `optimizer` are read, and made whole, only where `needs` names them. UserError, naming the
+    file, for any other file. mmap: tensors are read from the file when used, for readers of the weights alone; the file
+    must then stay in place.
     """
+    if Path(path).name == INDEX:
+        path = Path(path).parent
+    state = load_set(path, needs) if is_set(path) else load_file(path, mmap)
+    for name in needs:
+        if not isinstance(state.get(name), int if name == "step" else dict):
+            problem = f"its {name} is a {type(state[name]).__name__}" if name in state else f"it has no {name}"
+            raise UserError(f"{path}: {problem}; use a checkpoint written by train_single_gpu.py")
+    return state
+
+
+def load_file(path, mmap=False):
     try:
         open(path, "rb").close()
     except OSError as error:
@@ -187,11 +252,20 @@ def load(path, needs=(), mmap=False):
     if number not in (1, FORMAT):
         age = "an older" if number < FORMAT else "a newer"
         raise UserError(f"{path} was written by {age} version: its format is {number}, this code reads 1 and 2")
-    for name in needs:
-        if not isinstance(state.get(name), int if name == "step" else dict):
-            problem = f"its {name} is a {type(state[name]).__name__}" if name in state else f"it has no {name}"
-            raise UserError(f"{path}: {problem}; use a checkpoint written by train_single_gpu.py")
     return state
+
+
+def load_set(path, needs=()):
+    """The dict of a sharded set; `model` and `optimizer` where `needs` names them, else `index` to read them by."""
+    import sharded
+
+    state = load_file(Path(path) / INDEX)
+    index = state.get("index")
+    if wrong := sharded.index_error(index) or sharded.chunk_error(path, index, zip_error):
+        raise UserError(f"the sharded checkpoint {path} is damaged ({wrong}): use an older one")
+    index["folder"] = str(path)
+    readers = {"model": sharded.read_weights, "optimizer": sharded.read_moments}
+    return state | {name: read(index) for name, read in readers.items() if name in needs}
 
 
 def newest(folder):
@@ -202,27 +276,31 @@ def newest(folder):
 def load_newest(folder, needs=(), mmap=False):
     """(path, checkpoint) of the newest one that loads; (None, None) if the folder has none.
 
-    Prints a warning for each that does not load. UserError when none of them loads.
+    Prints a warning for each newer one that does not. UserError, with the reason of the newest, when none loads.
     """
-    paths = checkpoints(folder)
+    paths, reasons = checkpoints(folder), []
     for path in reversed(paths):
         try:
-            return path, load(path, needs, mmap)
+            state = load(path, needs, mmap)
         except UserError as error:
-            print(f"warning: checkpoint skipped: {error}", file=sys.stderr)
-    if paths:
+            reasons.append(error)
+            continue
+        for reason in reasons:
+            print(f"warning: checkpoint skipped: {reason}", file=sys.stderr)
+        return path, state
+    if reasons:
         remedy = "copy a whole one there, or move the folder away and start again"
-        raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be loaded: {remedy}")
+        raise UserError(f"none of the {len(paths)} checkpoints in {folder} can be loaded: {remedy} ({reasons[0]})")
     return None, None
 
 
 def read_checkpoint(path, needs=(), mmap=False):
-    """(path, checkpoint) of a .pt file, or of the newest in a run folder that loads. UserError if there is none."""
-    if not Path(path).is_dir():
+    """(path, checkpoint) of a file or set, or of the newest in a run folder that loads. UserError if there is none."""
+    if not Path(path).is_dir() or is_set(path):
         return Path(path), load(path, needs, mmap)
     found, state = load_newest(path, needs, mmap)
     if state is None:
-        raise UserError(f"no checkpoint (step_*.pt) and no config.json in the folder {path}")
+        raise UserError(f"no checkpoint (step_*) and no config.json in the folder {path}")
     return found, state
 
 
@@ -251,14 +329,35 @@ def get_state(model, optimizer):
 
 
 def set_state(model, optimizer, state, source):
-    """Load `state`, as get_state() returned it, into a new model and optimizer. Every rank calls it.
+    """Load `state`, as load() returned it, into a new model and optimizer. Every rank calls it.
 
     Rank 0's state counts; other ranks may pass None. The optimizer keeps its own settings (weight decay, betas, lr); on
-    the CPU it takes over the tensors of `state`. UserError on every rank, naming `source` and the first misfit.
+    the CPU it takes over the tensors of `state`. Of a sharded set, which all ranks must see, each reads its own part.
+    UserError, naming `source` and the first misfit.
     """
+    index = [state and state.get("index")]
+    if dist.is_initialized():
+        dist.broadcast_object_list(index, src=0)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    set_shards(model, optimizer, index[0], source) if index[0] else set_whole(model, optimizer, state, source)
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def set_shards(model, optimizer, index, source):
+    import sharded
+
+    with_moments = any(name.startswith("optimizer/") for name in index["tensors"])
+    tensors = sharded.tensors_of(model, optimizer, with_moments)
+    given = {name: torch.empty(entry["shape"], device="meta") for name, entry in index["tensors"].items()}
+    if wrong := misfit(given, tensors):
+        raise UserError(f"the state in {source} does not fit this run: {wrong}")
+    sharded.read_into(tensors, index)
+
+
+def set_whole(model, optimizer, state, source):
     from torch.distributed.checkpoint import state_dict as dcp
 
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     fresh = dcp.get_optimizer_state_dict(model, optimizer)  # torch makes it with a step of lr 0 on gradients of 0
     many, weights, moments, agreed = dist.is_initialized(), {}, {}, [None, None]
     if not many or dist.get_rank() == 0:
@@ -277,8 +376,6 @@ def set_state(model, optimizer, state, source):
     else:
         dcp.set_optimizer_state_dict(model, optimizer, moments, options=options)
     dcp.set_model_state_dict(model, weights, options=options)
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
 
 
 def by_name(moments, model, optimizer):
@@ -480,16 +577,31 @@ def tie_slices(model):
 
 @dataclass
 class Args:
-    checkpoint: str  # Checkpoint file (step_*.pt), or a run folder (its newest checkpoint)
-    export_hf: str  # Folder to write for Hugging Face transformers: new, empty or an earlier export
+    checkpoint: str  # Checkpoint (step_*.pt, or the folder of a sharded one), or a run folder (its newest checkpoint)
+    export_hf: str = ""  # Folder to write for Hugging Face transformers: new, empty or an earlier export
+    merge: str = ""  # File to write: the whole checkpoint, optimizer included, as a single one
 
 
 def main():
     args = common.parse(Args)
+    if bool(args.export_hf) == bool(args.merge):
+        raise UserError("give one thing to write: --export_hf FOLDER or --merge FILE.pt")
+    return merge(args) if args.merge else export(args)
+
+
+def export(args):
     model, state = load_model(args.checkpoint)
     export_hf(model, args.export_hf, state)
     kind = "load with trust_remote_code=True" if hf.has_own_class(model) else "GPT-2 layout"
     print(f"{args.export_hf}: {kind}, {model.num_params():,} parameters, step {state.get('step')}")
+
+
+def merge(args):
+    path, state = read_checkpoint(args.checkpoint, ("config", "model", "optimizer"))
+    if Path(args.merge).exists():
+        raise UserError(f"{args.merge} exists: remove it, or give another --merge")
+    save({name: value for name, value in state.items() if name != "index"}, args.merge)
+    print(f"{args.merge}: {path} as a single file, step {state.get('step')}")
 
 
 if __name__ == "__main__":

@@ -326,6 +326,14 @@ def atomic_write(path, mode="wb"):
             os.close(folder)
 
 
+def os_error_behind(error):
+    """The OSError of a failed write that torch hid behind `error`; `error` itself where there is none."""
+    hidden = error
+    while hidden and not isinstance(hidden, OSError):
+        hidden = hidden.__context__
+    return hidden or error
+
+
 def check_writable(folder, flag):
     """UserError when no file can be written into `folder`, which is made."""
     probe = Path(folder) / f"probe_{os.getpid()}{TEMP_SUFFIX}"  # two runs may start at once
@@ -337,6 +345,12 @@ def check_writable(folder, flag):
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
         raise UserError(f"cannot write to {folder}: {error.strerror}; choose another {flag}") from None
+
+
+def check_shared(folder):
+    """UserError on a rank that does not see the folder, which rank 0 has made."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} of rank 0 is not there: --fsdp needs a --checkpoint_dir that all ranks share")
 
 
 @contextlib.contextmanager
@@ -354,7 +368,9 @@ def lock(path, remedy):
         lock_path.parent.mkdir(parents=True, exist_ok=True)
         held.acquire(timeout=0)
     except filelock.Timeout:
-        holder = lock_path.read_text(errors="replace") or "unknown"
+        holder = "unknown"
+        with contextlib.suppress(OSError):  # Windows lets nobody read a locked file
+            holder = lock_path.read_text(errors="replace") or holder
         raise UserError(f"{path} is being written by process {holder}; {remedy}") from None
     except OSError as error:
         raise UserError(f"cannot write {lock_path}: {error.strerror}; choose another folder") from None
@@ -385,7 +401,7 @@ def choose_device(name):
 
 
 def free_memory(device):
-    """Bytes that are free on the device; inf where the system does not tell."""
+    """Bytes that are free on the device; all memory of the machine, or inf, where the system does not tell."""
     import torch
 
     if device.type == "cuda":
@@ -393,7 +409,9 @@ def free_memory(device):
     try:
         return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
     except (OSError, TypeError):  # no Linux
-        return math.inf
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
 
 
 class Machine(NamedTuple):
@@ -459,16 +477,26 @@ def set_up_machine(device, dtype, fsdp=False, timeout_s=600):
 
 
 def parallelize(model, args, machine):
-    """Compile the model and wrap it in DDP or FSDP; parameters are shared with `model`."""
+    """Compile the model and wrap it in DDP or FSDP; parameters are shared with `model`.
+
+    Over several ranks, and where backward computes blocks again, each block is compiled by itself, in place: between
+    blocks gradients are reduced, or parameters gathered, while others are computed. Else the whole model is.
+    """
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
+    compiled, by_block = is_compiled(args, machine), machine.world_size > 1 or args.recompute == "blocks"
+    compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+    if compiled and machine.device.type == "cpu" and not any(map(shutil.which, compilers)):
+        raise UserError("--compile_on_cpu needs a C++ compiler: install g++, or leave it out")
+    if compiled and by_block:
+        for block in model.transformer.h:
+            block.forward = torch.compile(block.forward)
+    model.recompute(args.recompute)
     if args.fsdp:
         return shard(model)
-    if is_compiled(args, machine):
-        if machine.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-            raise UserError("--compile_on_cpu needs a C++ compiler: install g++, or leave it out")
-        model = torch.compile(model)
+    if compiled and not by_block:
+        return torch.compile(model)
     if machine.world_size == 1:
         return model
     # Buffers are statistics and the balance bias, which every rank computes alike.
@@ -478,7 +506,7 @@ def parallelize(model, args, machine):
 
 
 def is_compiled(args, machine):
-    return args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu) and not args.fsdp
+    return args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu)
 
 
 def shard(model):

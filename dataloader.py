@@ -145,7 +145,7 @@ def read_meta(root):
         for value, kind in typed:
             if not isinstance(value, kind):
                 raise ValueError(f"{value!r} is no {kind.__name__}")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # find_shards() names a folder that is none
         pass
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise bad_shard(path, f"not a readable meta.json ({type(error).__name__}: {error})") from None

@@ -225,7 +225,8 @@ def dataset_batches(args, position):
     """A position is the state of the stream, from which `datasets` finds the file and the row."""
     stream = load_stream(args)
     if position is not None:
-        stream.load_state_dict(position)
+        with hub_errors(args.dataset):
+            stream.load_state_dict(position)
     rows = dataset_texts(stream, args)
     groups = (list(split_text([text])) for text in rows)
     with contextlib.closing(rows):
@@ -445,7 +446,7 @@ def read_meta(out, new):
             raise UserError(f"{out} holds shards of unknown origin (no meta.json): choose another --out")
         return new
     old = dataloader.read_meta(out)
-    if any(type(old.get(key)) is not type(value) for key, value in new.items()):
+    if any(type(old.get(key)) is not type(value) for key, value in new.items()) or not can_continue(old):
         raise dataloader.bad_shard(path, "not written by fineweb.py")
     found = {"tokenizer": old["tokenizer"], **old["source"], **old["settings"]}
     wanted = {"tokenizer": new["tokenizer"], **new["source"], **new["settings"]}
@@ -459,9 +460,24 @@ def read_meta(out, new):
     return old
 
 
+FROM_THE_START = {"position": None, "used": 0}
+
+
+def can_continue(meta):
+    """Whether the place to continue has the form that save_shard() writes, and the counts agree."""
+    resume = meta.get("resume", FROM_THE_START)
+    if not isinstance(resume, dict) or resume.keys() != FROM_THE_START.keys():
+        return False
+    position, of_data_set = resume["position"], meta["source"].get("kind") == "dataset"
+    known = position is None or type(position) is (dict if of_data_set else int)
+    counts = [position if type(position) is int else 0, resume["used"]]
+    whole = all(type(count) is int and count >= 0 for count in counts)
+    return known and whole and meta["tokens"] == sum(shard["tokens"] for shard in meta["shards"])
+
+
 def write_shards(args, out, meta, batches):
     """Encode what is missing and write it, shard by shard; `meta` follows."""
-    resume = meta.pop("resume", {"position": None, "used": 0})
+    resume = meta.pop("resume", FROM_THE_START)
     val_tokens = meta["shards"][0]["tokens"] if meta["shards"] else val_size(args, batches)
     stream = encode_batches(batches(resume["position"]), args.tokenizer, args.workers)
     used = resume["used"]  # tokens of the first batch that a shard holds already

@@ -288,7 +288,7 @@ def score(model, batch):
 def ending_losses(model, examples, device, batch_tokens=None, rank=0, world_size=1, progress=False):
     """Total losses (n, 4) and scored tokens (n, 4) of the endings, numpy; number of examples cropped.
 
-    Products are float32, on CUDA bf16. Mode, gradients and random state of the model are unchanged.
+    Products are of inference_dtype. Mode, gradients and random state of the model are unchanged.
     """
     device = torch.device(device)
     rows, computed, counts, cropped = build_rows(examples, model.config.block_size)
@@ -301,7 +301,7 @@ def ending_losses(model, examples, device, batch_tokens=None, rank=0, world_size
     model.eval()
     try:
         with (
-            common.autocast(device, inference_dtype(device)),
+            common.autocast(device, inference_dtype(device, model.config)),
             tqdm(total=len(examples) // world_size, unit="example", disable=None if progress else True) as bar,
         ):
             batch = next(batches)
@@ -394,7 +394,8 @@ def check_memory(model, examples, args, device):
     """UserError if a batch of --batch_tokens needs more memory than is free."""
     tokens = sum(len(x.context) + sum(map(len, x.endings)) for x in examples)
     tokens = min(tokens, args.batch_tokens or BATCH_TOKENS[device.type])
-    require_memory(10 * model.config.n_embd * inference_dtype(device).itemsize, tokens, device, "--batch_tokens")
+    width = inference_dtype(device, model.config).itemsize
+    require_memory(10 * model.config.n_embd * width, tokens, device, "--batch_tokens")
 
 
 def report(result):

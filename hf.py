@@ -112,7 +112,7 @@ def read_settings(folder):
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise ValueError("it holds no settings")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}/config.json does not describe a model: {error}") from None
     return settings
 

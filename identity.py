@@ -35,6 +35,7 @@ class Role(NamedTuple):
     fixed: bool  # a resumed run must have the same value
 
 
+SEEDS = ("seed", "data_seed")  # the settings in which the runs of a group differ
 Uncounted = Annotated[T, Role(counts=False, fixed=False)]
 Changeable = Annotated[T, Role(counts=True, fixed=False)]
 
@@ -97,7 +98,7 @@ def unpublished(settings):
 def identity(settings, without=()):
     """12 hex digits that two runs share only if their settings, from settings_of(), are equal.
 
-    `without=("seed",)` gives the identity of a group: runs that differ in their seeds alone.
+    `without=SEEDS` gives the identity of a group: runs that differ in their seeds alone.
     """
     counted = {name: value for name, value in unpublished(settings).items() if name not in without}
     return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest()[:12]
@@ -165,11 +166,13 @@ def parse_stem(stem):
 def choose_names(args):
     """Fill in name and run_id; return the run_stem.
 
-    With `--resume auto` and no run_id, the run is the newest one of this name and seed.
+    With `--resume auto` and no run_id, the run is the newest one of this name and seed that has a checkpoint. (Without
+    any, the newest; a start that was refused leaves a folder too.)
     """
     args.name = args.name or run_name(args)
     if not args.run_id and args.resume == "auto":
-        folders = sorted(Path(args.checkpoint_dir).glob(f"*_seed_{args.seed}"), key=os.path.getmtime)
+        folders = Path(args.checkpoint_dir).glob(f"*_seed_{args.seed}")
+        folders = sorted(folders, key=lambda folder: (any(folder.glob("step_*")), os.path.getmtime(folder)))
         parts = [parse_stem(folder.name) for folder in folders if folder.is_dir()]
         args.run_id = next((run_id for name, run_id, _ in filter(None, reversed(parts)) if name == args.name), "")
     args.run_id = args.run_id or date.today().strftime("%Y%m%d")
@@ -193,7 +196,7 @@ def read_record(log_path):
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it, or remove it") from None
     if not isinstance(record, dict):
         raise UserError(f"{path} does not hold the settings of a run: restore it, or remove it")
@@ -232,6 +235,35 @@ def set_aside(log_path, folder, settings):
     return kept
 
 
+NUMBER = (int, float)
+FORM = {  # of the parts of a checkpoint that a resumed run reads before it builds anything
+    "args": {"name": str, "run_id": str, "seed": int},
+    "record": {
+        "settings": dict, "changes": [{"step": int, "settings": dict}], "identity": str, "device": str, "dtype": str,
+        "world_size": int, "torch": str, "flops_per_token": NUMBER, "params_total": int, "params_active": int,
+    },
+}  # fmt: skip
+PROGRESS = {"step": int, "hours": NUMBER, "clock": NUMBER, "skipped": int, "skipped_in_a_row": int,
+            "history": [NUMBER], "unlogged": dict}  # fmt: skip
+
+
+def fits(value, form):
+    """Whether nested dicts and lists hold the types of `form`; other keys are ignored."""
+    if isinstance(form, list):
+        return isinstance(value, list) and all(fits(item, form[0]) for item in value)
+    if isinstance(form, dict):
+        return isinstance(value, dict) and all(key in value and fits(value[key], form[key]) for key in form)
+    return isinstance(value, form)
+
+
+def check_form(state, path):
+    """`state`; UserError, naming `path`, for a checkpoint that load() took but train_single_gpu.py did not write."""
+    progress = state["progress"]
+    if not fits(state, FORM) or not all(key in PROGRESS and fits(progress[key], PROGRESS[key]) for key in progress):
+        raise UserError(f"{path} does not hold the record and progress of a run: use an older checkpoint")
+    return state
+
+
 def find_state(args, folder, log_path, say):
     """The checkpoint to continue from, or None for a fresh start, which never writes over a run that is there."""
     import checkpoint  # here: it imports torch, which runlog.py does without
@@ -240,14 +272,14 @@ def find_state(args, folder, log_path, say):
         refuse_existing(log_path, checkpoint.newest(folder), settings_of(args))
         return None
     if args.resume == "auto":
-        state = checkpoint.load_newest(folder, needs=NEEDED)[1]
+        path, state = checkpoint.load_newest(folder, needs=(*NEEDED, "model", "optimizer"))
         if state is None:
             kept = set_aside(log_path, folder, settings_of(args))
             say(f"no checkpoint in {folder}: starting at step 0" + (f"; the old log is kept as {kept}" if kept else ""))
-        return state
+        return state and check_form(state, path)
     if not Path(args.resume).exists():
         raise UserError(f"--resume {args.resume}: no such file or folder; auto takes the newest checkpoint of this run")
-    state = checkpoint.read_checkpoint(args.resume, needs=NEEDED)[1]
+    state = check_form(checkpoint.read_checkpoint(args.resume, needs=(*NEEDED, "model", "optimizer"))[1], args.resume)
     last = checkpoint.newest(folder)
     if last and checkpoint.step_of(last) > state["step"]:  # else a later --resume auto would take it
         raise UserError(f"{last} is newer than {args.resume}: remove the newer ones, or give another --run_id")
@@ -268,7 +300,7 @@ def settle(args, state, stem, log_path, say):
                 setattr(args, name, state["config"][name])
     record = state["record"]
     continues = run_stem(*(state["args"][name] for name in ("name", "run_id", "seed"))) == stem
-    parent = record["settings"].get("parent") if continues else f"{record['identity']}@{state['step']}"
+    parent = record["settings"].get("parent") if continues else f"{parent_identity(record, args)}@{state['step']}"
     if (
         parent and args.decay_steps and args.max_steps == type(args).max_steps
     ):  # a branch that decays from where it began
@@ -288,6 +320,13 @@ def settle(args, state, stem, log_path, say):
         return now, []
     change = [{"step": state["step"], "settings": {name: here for name, (_, here) in pairs.items()}}] if pairs else []
     return record["settings"], record["changes"] + change
+
+
+def parent_identity(record, args):
+    """The identity of the run of `record`, without the seeds that its branch has too: branches of other seeds, each of
+    its own parent, are one group."""
+    settings = record["settings"]
+    return identity(settings, without=[name for name in SEEDS if settings.get(name) == getattr(args, name)])
 
 
 def check_fixed(args, pairs, continues):

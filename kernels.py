@@ -48,12 +48,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, n_chunks, z_weight):
+    def forward(ctx, h, weight, targets, chunk_rows, z_weight):
         w = weight.to(h.dtype)
         count = (targets >= 0).sum()
         total = z_total = at_least_float32(h.new_zeros(()))
         grad_h, grad_w = [], torch.zeros_like(weight)
-        for h_c, targets_c in zip(h.tensor_split(n_chunks), targets.tensor_split(n_chunks), strict=True):
+        for h_c, targets_c in zip(h.split(chunk_rows), targets.split(chunk_rows), strict=True):
             logits = at_least_float32(h_c @ w.t())
             first = logits[:, :1].clone() if z_weight else None
             logp = torch.log_softmax(logits, dim=-1)
@@ -65,7 +65,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 logsumexp = first - logp[:, :1]
                 z_total = z_total + (logsumexp.square() * valid).sum()
                 scale = valid * (1 + 2 * z_weight * logsumexp)
-            grad = logp.exp_().mul_(scale).scatter_add_(1, index, -valid).to(h.dtype)
+            if torch.compiler.is_compiling():  # a scatter would be a kernel of its own, with the gradient in float32
+                hot = torch.arange(len(w), device=h.device) == index
+                grad = (logp.exp() * scale - torch.where(hot, valid, 0.0)).to(h.dtype)
+            else:
+                grad = logp.exp_().mul_(scale).scatter_add_(1, index, -valid).to(h.dtype)
             grad_h.append(grad @ w)
             if grad.dtype == grad_w.dtype:
                 grad_w.addmm_(grad.t(), h_c)
@@ -91,11 +95,11 @@ def linear_cross_entropy(h, weight, targets, reduction="mean"):
     h (N, D) in the compute type, weight (V, D), targets (N,) int64. Returns nats in float32: the mean over targets, a
     scalar, or with reduction="none" (N,), 0 where ignored. Reference: `full_cross_entropy`.
     """
-    n_chunks = count_chunks(h, weight)
+    rows = chunk_rows(h, weight)
     if reduction == "mean" and torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(h, weight, targets, n_chunks, 0.0)[0]
+        return LinearCrossEntropy.apply(h, weight, targets, rows, 0.0)[0]
     w = weight.to(h.dtype)
-    pairs = zip(h.tensor_split(n_chunks), targets.tensor_split(n_chunks), strict=True)
+    pairs = zip(h.split(rows), targets.split(rows), strict=True)
     losses = torch.cat([
         F.cross_entropy(at_least_float32(h_c @ w.t()), targets_c.clamp(min=-1), ignore_index=-1, reduction="none")
         for h_c, targets_c in pairs
@@ -108,12 +112,54 @@ def linear_cross_entropy_with_z_loss(h, weight, targets, z_weight):
 
     The z-loss is the mean squared logsumexp of the logits. Reference: `full_z_loss`.
     """
-    return LinearCrossEntropy.apply(h, weight, targets, count_chunks(h, weight), z_weight)
+    return LinearCrossEntropy.apply(h, weight, targets, chunk_rows(h, weight), z_weight)
 
 
-def count_chunks(h, weight):
-    rows = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])  # most rows per chunk
-    return max(1, math.ceil(h.shape[0] / rows))
+def chunk_rows(h, weight):
+    """Rows of h per chunk: chunks of nearly equal size; large ones of a multiple of 128 rows, for the matrix units."""
+    most = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])
+    unit = 128 if most >= 1024 else 1
+    rows = math.ceil(h.shape[0] / math.ceil(h.shape[0] / (most - most % unit)))
+    return math.ceil(rows / unit) * unit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GELU
+
+PER_PART = 2**17  # elements whose passes stay in the cache
+
+
+def gelu_forward(x):
+    """GELU with tanh, as GPT-2 has it. Reference: torch's own.
+
+    On the CPU as x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), which is the same function: torch's tanh is slower
+    than these passes.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    y, two = torch.empty_like(x, memory_format=torch.contiguous_format), math.sqrt(8 / math.pi)
+    for x_c, y_c in zip(x.reshape(-1).split(PER_PART), y.view(-1).split(PER_PART), strict=True):
+        x_c = at_least_float32(x_c)
+        two_u = torch.addcmul(x_c.new_full((), two), x_c, x_c, value=0.044715 * two).mul_(x_c)
+        torch.mul(two_u.sigmoid_(), x_c, out=y_c)
+    return y
+
+
+def gelu_backward(grad, x):
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+
+
+class Gelu(torch.autograd.Function):
+    """`gelu_forward` with its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return gelu_forward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return gelu_backward(grad, *ctx.saved_tensors)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -147,70 +193,33 @@ def sort_by_expert(expert_TK, n_exp):
     return Plan(row_N, pair_N, place_N, count_E.long(), ends_E)
 
 
-class Dispatch(torch.autograd.Function):
-    """x (T, D) -> the token of each sorted row, (N, D). Reference: `dispatch_by_index`.
+def dispatch(x_TD, pair_N):
+    """x (T, D) -> the token of each sorted row, (N, D). Reference: `dispatch_by_index`."""
+    return x_TD.index_select(0, pair_N % x_TD.shape[0])
 
-    Backward sums K gathered rows per token; index_select's own would scatter with atomics on CUDA.
+
+def sum_rows(y_ND, row_N, n_tokens):
+    """Sorted rows (N, D) -> (T, D), the sum of the rows of each token: the gradient of `dispatch`.
+
+    K gathers; the gradient of index_select itself would scatter with atomics on CUDA. Reference: `combine_by_loop`.
     """
-
-    @staticmethod
-    def forward(ctx, x_TD, row_N, pair_N):
-        ctx.save_for_backward(row_N)
-        ctx.n_tokens = x_TD.shape[0]
-        return x_TD.index_select(0, pair_N % x_TD.shape[0])
-
-    @staticmethod
-    def backward(ctx, grad_ND):
-        (row_N,) = ctx.saved_tensors
-        return sum(grad_ND.index_select(0, row_T) for row_T in row_N.split(ctx.n_tokens)), None, None
+    return sum(y_ND.index_select(0, row_T) for row_T in row_N.split(n_tokens))
 
 
-class Combine(torch.autograd.Function):
-    """Expert outputs in sorted rows (N, D), gates (T, K) -> (T, D), sum over k of gate times row.
-
-    Forward and backward gather, as in Dispatch. Reference: `combine_by_loop`.
-    """
-
-    @staticmethod
-    def forward(ctx, y_ND, gate_TK, row_N, pair_N):
-        ctx.save_for_backward(y_ND, gate_TK, row_N, pair_N)
-        gate_TK = gate_TK.to(y_ND.dtype)
-        rows = row_N.split(gate_TK.shape[0])
-        return sum(y_ND.index_select(0, row_T) * gate_TK[:, k, None] for k, row_T in enumerate(rows))
-
-    @staticmethod
-    def backward(ctx, grad_TD):
-        y_ND, gate_TK, row_N, pair_N = ctx.saved_tensors
-        gate_N = gate_TK.t().reshape(-1)[pair_N].to(y_ND.dtype)  # in sorted order
-        grad_ND = grad_TD.index_select(0, pair_N % gate_TK.shape[0])
-        grad_gate_N = (y_ND * grad_ND).sum(-1, dtype=gate_TK.dtype)
-        grad_gate_TK = grad_gate_N[row_N].view(gate_TK.shape[1], -1).t()
-        grad_y_ND = grad_ND * gate_N[:, None]
-        return grad_y_ND, grad_gate_TK, None, None
+def combine(y_ND, gate_TK, row_N):
+    """Sorted rows (N, D), gates (T, K) -> (T, D), sum over k of gate times row. Reference: `combine_by_loop`."""
+    gate_TK = gate_TK.to(y_ND.dtype)
+    rows = row_N.split(gate_TK.shape[0])
+    return sum(y_ND.index_select(0, row_T) * gate_TK[:, k, None] for k, row_T in enumerate(rows))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The linear layer of each expert on its own rows
 
 
-class AddExpertBias(torch.autograd.Function):
-    """y (N, F) plus the bias (E, F) of each row's expert. Reference: `loop_over_experts`.
-
-    The gradient of the bias is a product with a one-hot matrix; a gather's own would add N rows onto E with atomics.
-    """
-
-    @staticmethod
-    def forward(ctx, y_NF, bias_EF, ends_E):
-        expert_N = torch.searchsorted(ends_E, torch.arange(y_NF.shape[0], device=y_NF.device), right=True)
-        ctx.save_for_backward(expert_N)
-        ctx.n_exp, ctx.bias_dtype = bias_EF.shape[0], bias_EF.dtype
-        return y_NF + bias_EF[expert_N].to(y_NF.dtype)
-
-    @staticmethod
-    def backward(ctx, grad_NF):
-        (expert_N,) = ctx.saved_tensors
-        one_hot_EN = expert_N == torch.arange(ctx.n_exp, device=expert_N.device)[:, None]
-        return grad_NF, (one_hot_EN.to(grad_NF.dtype) @ grad_NF).to(ctx.bias_dtype), None
+def expert_of_rows(ends_E, n_rows):
+    """Expert of each sorted row, (N,)."""
+    return torch.searchsorted(ends_E, torch.arange(n_rows, device=ends_E.device), right=True)
 
 
 def window_step(n_rows, dtype):
@@ -246,8 +255,7 @@ def grouped_linear_loop(x_ND: torch.Tensor, weight_EDF: torch.Tensor, bias_EF: t
     """Rows ends[e-1]:ends[e] of x times weight[e], plus bias[e]: one product per expert and window.
 
     For the CPU, and for float32 on CUDA, which F.grouped_mm does not support (the row counts then come to the host,
-    which is slow). A custom operator, so that torch.compile sees one node of fixed shape. Reference:
-    `loop_over_experts`.
+    which is slow). A custom operator, so that torch.compile sees one node of fixed shape.
     """
     y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
     for e, low, _, end in row_windows(ends_E.tolist(), x_ND.dtype):
@@ -268,18 +276,17 @@ def zero_first_rows(x, n):
     return torch.cat([torch.zeros_like(x[:n]), x[n:]]) if n else x
 
 
-@torch.library.custom_op("moe::grouped_linear_backward", mutates_args=())
-def grouped_linear_loop_backward(
-    grad_NF: torch.Tensor, x_ND: torch.Tensor, weight_EDF: torch.Tensor, ends_E: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of x, weight and bias from that of the output (N, F), by the same windows."""
-    grad_x, grad_w = torch.empty_like(x_ND), torch.empty_like(weight_EDF)
-    grad_b = weight_EDF.new_empty(weight_EDF.shape[0], weight_EDF.shape[2])
+@torch.library.custom_op("moe::grouped_weight_grads", mutates_args=())
+def grouped_weight_grads_loop(
+    x_ND: torch.Tensor, grad_NF: torch.Tensor, ends_E: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of weight and bias by the windows of `grouped_linear_loop`."""
     ends, last = ends_E.tolist(), None
+    grad_w = x_ND.new_empty(len(ends), x_ND.shape[1], grad_NF.shape[1])
+    grad_b = x_ND.new_empty(len(ends), grad_NF.shape[1])
     for e, low, start, end in row_windows(ends, x_ND.dtype):
         x, grad = x_ND[low:end], grad_NF[low:end]
-        torch.mm(grad, weight_EDF[e].t(), out=grad_x[low:end])
-        # Borrowed rows must not count in the weight gradient: zero them on the narrower side, the smaller copy.
+        # Borrowed rows must not count: zero them on the narrower side, the smaller copy.
         if x.shape[1] < grad.shape[1]:
             x = zero_first_rows(x, start - low)
         else:
@@ -288,38 +295,81 @@ def grouped_linear_loop_backward(
         last = e
     for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
         torch.sum(grad_NF[start:end], dim=0, out=grad_b[e])
-    return grad_x, grad_w, grad_b
+    return grad_w, grad_b
 
 
-@grouped_linear_loop_backward.register_fake
-def _(grad_NF, x_ND, weight_EDF, ends_E):
-    grad_b = weight_EDF.new_empty(weight_EDF.shape[0], weight_EDF.shape[2])
-    return torch.empty_like(x_ND), torch.empty_like(weight_EDF), grad_b
+@grouped_weight_grads_loop.register_fake
+def _(x_ND, grad_NF, ends_E):
+    E, D, H = len(ends_E), x_ND.shape[1], grad_NF.shape[1]
+    return x_ND.new_empty(E, D, H), x_ND.new_empty(E, H)
 
 
-def _save_for_backward(ctx, inputs, output):
-    x_ND, weight_EDF, bias_EF, ends_E = inputs
-    ctx.has_bias = bias_EF is not None
-    ctx.save_for_backward(x_ND, weight_EDF, ends_E)
-
-
-def _grouped_linear_grads(ctx, grad_NF):
-    grad_x, grad_w, grad_b = grouped_linear_loop_backward(grad_NF.contiguous(), *ctx.saved_tensors)
-    return grad_x, grad_w, grad_b if ctx.has_bias else None, None
-
-
-grouped_linear_loop.register_autograd(_grouped_linear_grads, setup_context=_save_for_backward)
+def uses_grouped_mm(x_ND):
+    return x_ND.is_cuda and x_ND.dtype == torch.bfloat16
 
 
 def grouped_linear(x_ND, weight_EDF, bias_EF, ends_E):
     """Rows x (N, D) sorted by expert, ends_E as in Plan -> (N, F): row times weight (D, F) plus bias (F) of its expert.
 
-    Reference: `loop_over_experts`.
+    Without gradients: `ExpertMLPs` computes them. Reference: `loop_over_experts`.
     """
-    if x_ND.is_cuda and x_ND.dtype == torch.bfloat16:
-        y_NF = F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
-        return y_NF if bias_EF is None else AddExpertBias.apply(y_NF, bias_EF, ends_E)
-    return grouped_linear_loop(x_ND, weight_EDF, bias_EF, ends_E)
+    if not uses_grouped_mm(x_ND):
+        return grouped_linear_loop(x_ND, weight_EDF, bias_EF, ends_E)
+    y_NF = F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
+    return y_NF if bias_EF is None else y_NF + bias_EF[expert_of_rows(ends_E, len(y_NF))]
+
+
+def grouped_weight_grads(x_ND, grad_NF, ends_E):
+    """Gradients of weight (E, D, F) and bias (E, F) of `grouped_linear` from that of its output (N, F).
+
+    On CUDA that of the bias is a product with a one-hot matrix; a gather's own would add N rows onto E with atomics.
+    """
+    if not uses_grouped_mm(x_ND):
+        return grouped_weight_grads_loop(x_ND, grad_NF, ends_E)
+    expert_N, expert_E = expert_of_rows(ends_E, len(x_ND)), torch.arange(len(ends_E), device=ends_E.device)
+    one_hot_EN = expert_N == expert_E[:, None]
+    return F.grouped_mm(x_ND.t(), grad_NF, offs=ends_E), one_hot_EN.to(grad_NF.dtype) @ grad_NF
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The experts
+
+
+class ExpertMLPs(torch.autograd.Function):
+    """x (T, D), chosen experts and gates (T, K) -> (T, D): sum over k of gate times the MLP of the chosen expert.
+
+    Kept for backward are x and the pre-activations (N, H) alone: rows are gathered and GELU is computed again, and the
+    gradient of a gate is the activation times its gradient, so no expert output is needed (2512.14080). Weights
+    (E, D, H) and (E, H, D), biases (E, H) and (E, D) or None, all in the type of x. Reference: `experts_by_loop`.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TD, expert_TK, gate_TK, fc, fc_bias, proj, proj_bias, row_N, pair_N, ends_E):
+        a_NH = grouped_linear(dispatch(x_TD, pair_N), fc, fc_bias, ends_E)
+        y_ND = grouped_linear(gelu_forward(a_NH), proj, proj_bias, ends_E)
+        ctx.save_for_backward(x_TD, expert_TK, gate_TK, fc, proj, proj_bias, a_NH, row_N, pair_N, ends_E)
+        ctx.has_fc_bias = fc_bias is not None
+        return combine(y_ND, gate_TK, row_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_TD):
+        x_TD, expert_TK, gate_TK, fc, proj, proj_bias, a_NH, row_N, pair_N, ends_E = ctx.saved_tensors
+        gate_N1 = gate_TK.t().reshape(-1, 1)[pair_N].to(grad_TD.dtype)  # in sorted order
+        grad_ND = dispatch(grad_TD, pair_N)
+        grad_NH = grouped_linear(grad_ND, proj.transpose(1, 2), None, ends_E)  # before the gate
+        h_NH = gelu_forward(a_NH)
+        grad_proj, grad_proj_bias = grouped_weight_grads(h_NH, grad_ND * gate_N1, ends_E)
+        grad_gate_TK = h_NH.mul_(grad_NH).sum(-1, dtype=gate_TK.dtype)[row_N].view(gate_TK.shape[1], -1).t()
+        if proj_bias is not None:
+            grad_gate_TK = grad_gate_TK + (grad_TD @ proj_bias.t()).gather(1, expert_TK)
+        grad_NH = gelu_backward(grad_NH, a_NH).mul_(gate_N1)
+        grad_fc, grad_fc_bias = grouped_weight_grads(dispatch(x_TD, pair_N), grad_NH, ends_E)
+        grad_ND = grouped_linear(grad_NH, fc.transpose(1, 2), None, ends_E)
+        return (
+            sum_rows(grad_ND, row_N, len(x_TD)), None, grad_gate_TK, grad_fc, grad_fc_bias if ctx.has_fc_bias else None,
+            grad_proj, None if proj_bias is None else grad_proj_bias, None, None, None,
+        )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import common
+import checks
 import identity
+import optim
 import runlog
 from common import UserError, atomic_write
 
@@ -129,53 +130,6 @@ def describe_run(args, settings, model, machine):
     }
 
 
-def count_params(config):
-    """Parameters of a GPT of this config, without building it."""
-    D, L, E, bias = config.n_embd, config.n_layer, config.n_exp, int(config.bias)
-
-    def mlp(hidden):
-        return 2 * D * hidden + bias * (hidden + D)
-
-    moe = E * mlp(config.hidden_of_expert) + D * E * (1 + config.use_noisy_top_k)
-    if config.n_shared_exp:
-        moe += mlp(config.hidden_of_shared)
-    n_moe = count_moe_layers(config)
-    attention_and_norms = 4 * D * D + bias * 4 * D + 2 * D * (1 + bias)
-    embeddings = (config.vocab_size + config.block_size) * D
-    return embeddings + L * attention_and_norms + n_moe * moe + (L - n_moe) * mlp(config.hidden) + D * (1 + bias)
-
-
-def count_moe_layers(config):
-    return math.ceil(max(0, config.n_layer - config.first_dense) / config.stride) if config.n_exp > 1 else 0
-
-
-def needed_bytes(args, config, machine):
-    """{part: bytes} that training needs at least: activations count the tensors that backward surely needs."""
-    width = 2 if machine.dtype == torch.bfloat16 else 4
-    share = machine.world_size if args.fsdp else 1
-    params = 4 * count_params(config) // share
-    n_moe = count_moe_layers(config)
-    hidden = (config.n_layer - n_moe) * config.hidden
-    hidden += n_moe * (config.top_k * config.hidden_of_expert + config.hidden_of_shared)
-    per_token = config.n_layer * 8 * config.n_embd + 2 * hidden
-    return {
-        "parameters": params,
-        "gradients": params,
-        "optimizer": 0 if args.optimizer == "adafactor" else 2 * params,
-        "activations": width * args.B * args.T * per_token,
-    }
-
-
-def check_memory(args, config, machine):
-    """UserError, with the numbers, where the run cannot fit into the memory that is free."""
-    needed, free = needed_bytes(args, config, machine), common.free_memory(machine.device)
-    if sum(needed.values()) > free:
-        parts = ", ".join(f"{part} {size / 1e9:,.1f}" for part, size in needed.items())
-        remedy = "lower --B, or choose a smaller model, or --optimizer adafactor"
-        needs = f"the run needs at least {sum(needed.values()) / 1e9:,.1f} GB ({parts})"
-        raise UserError(f"{needs}, {free / 1e9:,.1f} GB are free: {remedy}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The terminal
 
@@ -242,15 +196,6 @@ def matmul_rate():
     return n * 2 * 512**3 / (time.perf_counter() - began)
 
 
-def notes(args):
-    """Settings that are allowed and surely not meant."""
-    if args.warmup_steps >= args.max_steps:
-        yield f"--warmup_steps {args.warmup_steps} is not below --max_steps {args.max_steps}: --max_lr is never reached"
-    ignored = identity.ignored_settings(args)
-    if ignored:
-        yield f"{', '.join(f'--{name}' for name in ignored)}: no effect on a dense model (--n_exp 1)"
-
-
 def print_header(run):
     """What is about to run, on what, and on a CPU about how long it will take."""
     args, record, say, console = run.args, run.record, run.console.say, run.console
@@ -264,7 +209,7 @@ def print_header(run):
         left = seconds * (args.max_steps - run.progress.step)
         if left > 60:
             say(f"on this CPU at least {duration(seconds)} per step, {duration(left)} in all")
-    for note in notes(args):
+    for note in checks.notes(args):
         say(f"note: {note}")
     say(f"log: {run.log.path}; checkpoints: {run.folder if args.save_checkpoint else 'none'}")
     if run.progress.step >= args.max_steps:
@@ -349,7 +294,7 @@ def record_step(run, result, lr, seconds):
 
 
 def step_streams(args, step, result, progress, lr):
-    """{stream: value} of one step, the clock apart."""
+    """{stream: value} of one step, the clock apart; per layer where a validation is due, and in the last step."""
     streams = {"train": result.ce_loss, **result.losses, "lr": lr, "grad_norm": result.grad_norm}
     router = result.router
     if router:
@@ -357,7 +302,7 @@ def step_streams(args, step, result, progress, lr):
             streams[stream] = sum(layer[name] for layer in router) / len(router)  # mean over the MoE layers
         streams["router_logit"] = max(layer["max_logit"] for layer in router)
         every = args.val_loss_every
-        if every > 0 and (step % every == 0 or step == args.max_steps - 1):
+        if every > 0 and (step % every == 0 or optim.is_over(step + 1, args, result.clock)):
             noise = ["noise_std"] if args.use_noisy_top_k else []
             streams |= layer_streams(router, ["max_vio", "drop_frac", "logit_std", *noise])
             streams |= {f"load_{layer['layer']}_{e}": load for layer in router for e, load in enumerate(layer["load"])}

@@ -9,6 +9,7 @@ its checkpoints load. With n_exp > 1 the MLP of every `stride`-th block becomes 
 Shapes:  B sequences, S positions, D width, V vocabulary.
 """
 
+import contextlib
 import dataclasses
 import math
 import warnings
@@ -18,6 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import balance
 from common import FiniteAboveZero, Fraction, Positive, Rate, find_bad_setting
@@ -169,6 +171,9 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
+        if config.balance_scope == "step":  # per MoE layer, of the step so far on all ranks: choices per expert, tokens
+            counts = torch.zeros(len(self.moe_layers()), config.n_exp + 1, dtype=torch.int64)
+            self.register_buffer("so_far", counts, persistent=False)
 
     @torch.no_grad()
     def init_weights(self, generator=None):
@@ -246,10 +251,12 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x, of_layer = block(x, attn_mask, cache, dropless)
             for name, value in of_layer.items():
-                losses[name] = losses.get(name, 0.0) + value
+                losses.setdefault(name, []).append(value)
         if cache is not None:
             cache.length += S
-        return self.transformer.ln_f(x), losses
+        if "aux_loss" in losses and self.config.balance_scope == "step" and self.training:
+            losses["aux_loss"] = balance.losses_in_step(self.so_far, losses["aux_loss"], idx.numel())
+        return self.transformer.ln_f(x), {name: sum(of_layers) for name, of_layers in losses.items()}
 
     def new_cache(self, batch_size):
         """An empty KVCache for `batch_size` sequences, in the type the attention runs in."""
@@ -257,6 +264,15 @@ class GPT(nn.Module):
         return KVCache(self.config, batch_size, weight.device, compute_dtype(weight))
 
     # -- for the training loop
+
+    def recompute(self, part):
+        """Backward computes this part of the model again, with the same random numbers, instead of keeping what forward
+        made there: "experts" (the routed ones, from dispatch to combine), "blocks", or "none"."""
+        for block in self.transformer.h:
+            if part == "blocks":  # the second forward must not count again what the first has counted
+                block.forward = computed_again(block.forward, context_fn=lambda mlp=block.mlp: second_forward(mlp))
+            elif part == "experts" and block.is_moe:
+                block.mlp.mix = computed_again(block.mlp.mix)
 
     def moe_layers(self):
         """(layer number, MoE) of each MoE layer."""
@@ -310,8 +326,7 @@ class GPT(nn.Module):
     def start_step(self):
         """Forget what the micro-batches of the last step have counted; a skipped step leaves nothing behind."""
         if self.config.balance_scope == "step":
-            for _, moe in self.moe_layers():
-                moe.so_far.zero_()
+            self.so_far.zero_()
 
     def num_params(self):
         """Parameters without the position embeddings, as nanoGPT counts; the tied output projection counts once."""
@@ -341,3 +356,27 @@ class GPT(nn.Module):
             {"params": params["router"], "weight_decay": router_decay, "lr_scale": router_lr_scale},
         ]
         return [group for group in groups if group["params"]]
+
+
+def computed_again(function, **options):
+    """`function`, with torch's activation checkpointing where there are gradients."""
+
+    def call(*args):
+        again = torch.is_grad_enabled()
+        return checkpoint(function, *args, use_reentrant=False, **options) if again else function(*args)
+
+    return call
+
+
+def second_forward(mlp):
+    """(context of the forward, context of the one that backward makes): a MoE layer counts nothing in the second."""
+
+    @contextlib.contextmanager
+    def without_counting():
+        mlp.counts = False
+        try:
+            yield
+        finally:
+            mlp.counts = True
+
+    return contextlib.nullcontext(), without_counting()

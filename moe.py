@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import balance
 from common import AboveZero, FiniteAboveZero, NotNegative, Positive, Rate
-from kernels import Combine, Dispatch, at_least_float32, compute_dtype, grouped_linear, sort_by_expert
+from kernels import ExpertMLPs, Gelu, at_least_float32, compute_dtype, sort_by_expert
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Gates: by which score experts are ranked, and how the chosen ones are weighted
@@ -180,7 +180,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(Gelu.apply(self.c_fc(x))))
 
 
 class Routing(NamedTuple):
@@ -254,12 +254,15 @@ class Experts(nn.Module):
         self.fc_bias = nn.Parameter(torch.empty(E, 1, H)) if config.bias else None
         self.proj_bias = nn.Parameter(torch.empty(E, 1, D)) if config.bias else None
 
-    def forward(self, x_ND, ends_E):
-        """Rows sorted by expert (N, D) -> (N, D)."""
-        dtype, bias_dtype = x_ND.dtype, torch.float32 if x_ND.is_cuda else x_ND.dtype
-        fc_bias, proj_bias = (b if b is None else b.squeeze(1).to(bias_dtype) for b in (self.fc_bias, self.proj_bias))
-        h_NF = F.gelu(grouped_linear(x_ND, self.c_fc.to(dtype), fc_bias, ends_E), approximate="tanh")
-        return grouped_linear(h_NF, self.c_proj.to(dtype), proj_bias, ends_E)
+    def forward(self, x_TD, expert_TK, gate_TK, plan):
+        """x (T, D) in the compute type -> (T, D), the chosen experts' outputs weighted by the gates."""
+        fc, proj, fc_bias, proj_bias = (
+            p if p is None else p.to(x_TD.dtype) for p in (self.c_fc, self.c_proj, self.fc_bias, self.proj_bias)
+        )
+        fc_bias, proj_bias = (b if b is None else b.squeeze(1) for b in (fc_bias, proj_bias))
+        return ExpertMLPs.apply(
+            x_TD, expert_TK, gate_TK, fc, fc_bias, proj, proj_bias, plan.row_N, plan.pair_N, plan.ends_E
+        )
 
 
 class MoE(nn.Module):
@@ -274,13 +277,12 @@ class MoE(nn.Module):
         self.shared = MLP(config, config.hidden_of_shared, dropout=0.0) if config.n_shared_exp else None
         self.dropout = nn.Dropout(config.dropout)
         self.config = config
+        self.counts = True  # False while backward computes a forward again
         # Statistics of the last forward, for the log: they stay on the device until GPT.router_stats() reads them.
         self.register_buffer("count", torch.zeros(config.n_exp), persistent=False)  # choices per expert
         self.register_buffer("stats", torch.zeros(self.COUNTS), persistent=False)  # see record()
         if config.use_quantile_balance:  # histogram of margins per expert
             self.register_buffer("margins", torch.zeros(config.n_exp, balance.BINS), persistent=False)
-        if config.balance_scope == "step":  # choices per expert, then tokens: of the step so far, over all ranks
-            self.register_buffer("so_far", torch.zeros(config.n_exp + 1, dtype=torch.int64), persistent=False)
 
     def capacity(self, n_tokens):
         """Most pairs that an expert takes, Switch eq. 3 with k choices; None where no pair can be dropped."""
@@ -293,23 +295,29 @@ class MoE(nn.Module):
         return capacity if capacity < n_tokens else None
 
     def mix(self, x_TD, routing, plan, capacity):
-        """Each token's experts, weighted by its gates: (T, D). Pairs beyond an expert's capacity count as 0."""
+        """Each token's experts, weighted by its gates: (T, D), in the compute type, as x is.
+
+        Pairs beyond an expert's capacity count as 0.
+        """
         gate_TK = routing.gate_TK
         if capacity is not None:
             kept_TK = (plan.place_N < capacity).view(self.config.top_k, -1).t()
             gate_TK = gate_TK * kept_TK
-        x_ND = Dispatch.apply(x_TD.to(compute_dtype(x_TD)), plan.row_N, plan.pair_N)
-        return Combine.apply(self.experts(x_ND, plan.ends_E), gate_TK, plan.row_N, plan.pair_N)
+        return self.experts(x_TD, routing.expert_TK, gate_TK, plan)
 
     def forward(self, x, dropless=False):
-        """x (B, S, D) -> output (B, S, D) and {name: scalar} of the router losses that are on."""
+        """x (B, S, D) -> output (B, S, D) and {name: scalar} of the router losses that are on.
+
+        With balance_scope step the load-balance loss is still a pair of vectors in training (balance.py).
+        """
         x_TD = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_TD)
+        rounded_TD = x_TD.to(compute_dtype(x_TD))  # one copy for all products
+        routing = self.router(x_TD if self.config.router_use_full_prec else rounded_TD)
         plan = sort_by_expert(routing.expert_TK, self.config.n_exp)
         capacity = None if dropless else self.capacity(x_TD.shape[0])
-        y_TD = self.mix(x_TD, routing, plan, capacity)
+        y_TD = self.mix(rounded_TD, routing, plan, capacity)
         if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD)
+            y_TD = y_TD + self.shared(rounded_TD)
         if not dropless:  # sampling and HellaSwag log nothing of the router
             self.record(routing, plan, capacity)
         losses = {

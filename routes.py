@@ -157,7 +157,7 @@ def collect(model, sources, window, device):
         keep = parts[layer].append
         hooks.append(moe.router.register_forward_hook(lambda _, x, out, keep=keep: keep((out.expert_TK, out.gate_TK))))
     try:
-        with common.autocast(device, inference_dtype(device)), attention_without_cudnn(device):
+        with common.autocast(device, inference_dtype(device, model.config)), attention_without_cudnn(device):
             for idx in itertools.chain(*(batches(ids, window) for ids in sources)):
                 model.hidden_states(idx.to(device), dropless=True)
     finally:

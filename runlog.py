@@ -512,6 +512,8 @@ def main():
     runs = load_runs(args.paths, problems.append)
     if not runs:
         raise UserError(str(problems[0]) if problems else f"no log_*.txt or log_*.csv in {' '.join(args.paths)}")
+    if args.thin and (args.baseline or args.at_step is not None):
+        raise UserError("--thin writes logs and no table: leave out --baseline and --at_step")
     if args.thin:
         thin_into(args.thin, runs)
     else:

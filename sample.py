@@ -31,9 +31,11 @@ from common import NotNegative, Positive, Seed, UserError
 # Inference: type, attention and memory (hellaswag.py uses them too)
 
 
-def inference_dtype(device):
-    """Type of the matrix products: bfloat16 on CUDA, float32 elsewhere."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def inference_dtype(device, config):
+    """Type of the matrix products: bfloat16 on CUDA, if it has the grouped products of this model, else float32."""
+    widths = (config.n_embd, config.hidden_of_expert) if config.n_exp > 1 else ()
+    whole = all(width % 8 == 0 for width in widths)  # rows of whole 16 bytes
+    return torch.bfloat16 if device.type == "cuda" and whole else torch.float32
 
 
 def attention_without_cudnn(device):
@@ -78,7 +80,8 @@ def sample_next(logits, temperature=1.0, top_k=None, top_p=None, generator=None)
     if top_p is not None:
         before = probs.cumsum(dim=-1) - probs  # the sum over the more likely tokens
         probs = probs * (before < max(top_p, tiny))
-    drawn = torch.multinomial(probs, 1, generator=generator)
+    # The draw of torch.multinomial, without its checks, for which the host would wait for the device.
+    drawn = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
     return (drawn if tokens is None else tokens.gather(1, drawn)).squeeze(1)
 
 
@@ -104,16 +107,19 @@ def next_logits(model, idx, cache):
     return model.lm_head(hidden[:, -1])
 
 
-def stream(
-    model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, eot=None, vocab_size=None
-):
+CHECK_EVERY = 16  # tokens of generate() between two looks at the device
+
+
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, generator=None, eot=None,
+           vocab_size=None, check_every=1):  # fmt: skip
     """Yield the next tokens (B,) after idx (B, T), at most max_new_tokens times.
 
     With `eot` it ends when every row has sampled it; a row that has ended continues with eot. An empty idx (B, 0) then
     begins a document. Ids from vocab_size up, the padding of the embedding, are never sampled. Random numbers come from
     `generator` (on the model's device) alone; None: a new one, seeded by the system. The model is in eval mode until
     the last token, then in its former mode. Of several ranks every one calls it and gets the tokens of rank 0.
-    Raises BrokenModel if the logits are not finite.
+    Raises BrokenModel if the logits are not finite. The host waits for the device, to see this or the end, at every
+    check_every-th token and at the last: more tokens than needed may follow the end, or logits that are not finite.
     """
     check_sampling(temperature, top_k, top_p)
     if idx.shape[1] == 0:
@@ -123,34 +129,43 @@ def stream(
     if generator is None:
         generator = torch.Generator(idx.device)
         generator.seed()
-    training, ended = model.training, torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+    training, over = model.training, False
+    ended, broken = (torch.zeros(n, dtype=torch.bool, device=idx.device) for n in (len(idx), 1))
     model.eval()
     try:
         cache = model.new_cache(len(idx))
-        for _ in range(max_new_tokens):
+        for i in range(1, max_new_tokens + 1):
             logits = next_logits(model, idx, cache)[:, :vocab_size]
-            tokens = torch.full((len(idx),), -1, device=idx.device)
-            if torch.isfinite(logits.max()):
-                tokens = sample_next(logits, temperature, top_k, top_p, generator)
+            tokens = sample_next(logits, temperature, top_k, top_p, generator)
+            tokens = torch.where(torch.isfinite(logits.max()), tokens, -1)
             if dist.is_available() and dist.is_initialized():  # ranks that round differently must end together
                 dist.broadcast(tokens, 0)
-            if (tokens < 0).any():
-                raise BrokenModel("the model's logits are not finite: it has diverged, use an earlier checkpoint")
+            broken |= (tokens < 0).any()
+            tokens = tokens.clamp(min=0)
             if eot is not None:
                 tokens = torch.where(ended, eot, tokens)
                 ended |= tokens == eot
+            if i % check_every == 0 or i == max_new_tokens:
+                is_broken, *have_ended = torch.cat([broken, ended]).tolist()
+                over = all(have_ended)
+                if is_broken:
+                    raise BrokenModel("the model's logits are not finite: it has diverged, use an earlier checkpoint")
             yield tokens
-            if ended.all():
+            if over:
                 return
             idx = torch.cat([idx, tokens[:, None]], dim=1)
     finally:
         model.train(training)
 
 
-def generate(model, idx, max_new_tokens, *args, **kwargs):
+def generate(model, idx, max_new_tokens, *args, eot=None, **kwargs):
     """idx (B, T) followed by the tokens of stream(): (B, T + max_new_tokens), less if all rows end earlier."""
-    tokens = stream(model, idx, max_new_tokens, *args, **kwargs)
-    return torch.cat([idx.long(), *(column[:, None] for column in tokens)], dim=1)
+    columns = stream(model, idx, max_new_tokens, *args, eot=eot, check_every=CHECK_EVERY, **kwargs)
+    rows, T = torch.cat([idx.long(), *(tokens[:, None] for tokens in columns)], dim=1), idx.shape[1]
+    if eot is None:
+        return rows
+    running = ((rows[:, T:] == eot).cumsum(dim=1) == 0).any(dim=0)  # per new token: whether a row continues after it
+    return rows[:, : T + 1 + running.sum().tolist()]
 
 
 def continue_prompt(model, tokenizer, prompt, n, max_new_tokens, seed, machine):
@@ -229,7 +244,7 @@ def read_prompt(args):
 
 def check_memory(model, prompt_length, args, device):
     """UserError if --num_samples samples need more memory than is free: cache, prompt in the widest layer, logits."""
-    c, width = model.config, inference_dtype(device).itemsize
+    c, width = model.config, inference_dtype(device, model.config).itemsize
     positions = c.block_size if device.type == "cuda" else min(c.block_size, prompt_length + args.max_new_tokens)
     cache, prompt, logits = 2 * c.n_layer * positions * width, prompt_length * 6 * width, c.vocab_size * 16
     require_memory((cache + prompt) * c.n_embd + logits, args.num_samples, device, "--num_samples")
@@ -252,7 +267,7 @@ def main():
         args.temperature, args.top_k, args.top_p, torch.Generator(device).manual_seed(args.seed),
         tokenizer.eot, tokenizer.vocab_size,
     )  # fmt: skip
-    with common.autocast(device, inference_dtype(device)):
+    with common.autocast(device, inference_dtype(device, model.config)):
         print_samples(steps, tokenizer, prompt, args.num_samples)
 
 

@@ -33,6 +33,7 @@ import torch
 
 import checkpoint
 import common
+import dataloader
 import identity
 import runlog
 import train_single_gpu
@@ -646,6 +647,9 @@ def main():
     for job in jobs:
         if job.state == "waiting" and "checkpoint" in (lost := missing(job)):
             print(f"{job}: {lost}: it is trained again from the newest one", flush=True)
+    if not args.slurm:  # on a cluster the shards may lie on its nodes alone
+        for root in {job.args.data_root for job in jobs if job.state == "waiting"}:
+            dataloader.fingerprint(root)  # refused once, not by every run
     if args.slurm:
         run_on_cluster(jobs, args.slurm, args.cluster or "slurm")
     else:

@@ -49,10 +49,11 @@ def find_files(roots):
     found, names = [], {}
     for root in map(Path, roots):
         for path in files_of(root):
-            name = path.as_posix()
-            if (first := names.setdefault(path.resolve(), name)) is not name:
-                also = "" if first == name else f" (also as {first})"
+            name, real = path.as_posix(), path.resolve()
+            if real in names:
+                also = "" if names[real] == name else f" (also as {names[real]})"
                 raise UserError(f"--files gives {name} twice{also}: give it once")
+            names[real] = name
             found.append((name, path))
     return found
 

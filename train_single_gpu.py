@@ -20,6 +20,7 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -38,6 +39,7 @@ import logger
 import optim
 import runlog
 import sample
+from checks import check_args, check_model, model_config
 from dataloader import DataLoader
 from identity import SHAPE, Changeable, Uncounted
 from model import GPT, MODEL_FIELDS, GPTConfig
@@ -54,7 +56,7 @@ class Args(GPTConfig):
 
     To change a default of the model or of its mixture of experts (top_k, stride, gate, use_aux_loss, use_noisy_top_k,
     train_capacity, ...), write the field here with its new value, as n_exp does. `Changeable` settings may change when
-    a run is resumed; `Uncounted` ones cannot change its numbers; all others make it another run (runlog.py).
+    a run is resumed; `Uncounted` ones cannot change its numbers; all others make it another run (identity.py).
     """
 
     n_exp: Positive = 8  # Experts per MoE layer; 1 is the dense model
@@ -118,11 +120,12 @@ class Args(GPTConfig):
     dtype: Changeable[Literal["auto", "float32", "bfloat16"]] = "auto"  # Matrix products; auto: bfloat16 on cuda
     use_compile: Uncounted[bool] = True  # torch.compile, on cuda
     compile_on_cpu: Uncounted[bool] = False  # torch.compile elsewhere too (slow to start, needs a C++ compiler)
+    recompute: Uncounted[Literal["none", "experts", "blocks"]] = "none"  # Activations computed again in backward
     fsdp: Uncounted[bool] = False  # Shard parameters, gradients and optimizer over the ranks (torchrun)
     dist_timeout: Uncounted[Positive] = 600  # Seconds until ranks that wait for a dead one stop
 
     def __post_init__(self):
-        """Checked by check_args(), which names flags."""
+        """Checked by check_args() in checks.py, which names flags."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,7 +180,8 @@ def train(run):
         step = progress.step
         if step > run.first_step and (step % args.save_checkpoint_every == 0 or late):
             save(run)
-        evaluate(run)
+        with torch.compiler.set_stance("force_eager") if run.compiled else contextlib.nullcontext():
+            evaluate(run)  # blocks are compiled for the shapes of training
         if run.stop.requested and run.machine.world_size == 1:  # evaluation was cut short: it is due again on resume
             return interrupt(run)
         if optim.is_over(step, args, progress.clock):
@@ -209,7 +213,8 @@ class StepResult(NamedTuple):
 
 
 def train_step(run):
-    """Forward and backward over this rank's micro-batches, clip, update. One transfer to the host, at its end.
+    """Forward and backward over this rank's micro-batches, clip, update. The host reads from the device after the
+    gradients alone: the update still runs while it prepares the next step.
 
     None where a single process was told to stop between micro-batches.
     """
@@ -235,13 +240,13 @@ def train_step(run):
     optim.set_learning_rate(run.optimizer, optim.learning_rate(step, args, run.progress.clock))
     flags = [run.stop.requested or run.log.error is not None, is_late(run), run.progress.hours]
     losses, grad_norm, (stop, late, clock), table = collect(losses, norm, flags, tables, machine)
+    router = raw_model.router_stats(table)
     applied = all(map(math.isfinite, losses.values())) and math.isfinite(grad_norm)
     if applied:
         run.optimizer.step()
         raw_model.update_balance_bias(table)
     run.optimizer.zero_grad(set_to_none=True)
-    ce_loss, router = losses.pop("ce_loss"), raw_model.router_stats(table)
-    return StepResult(ce_loss, losses, grad_norm, stop > 0, late > 0, clock, applied, router)
+    return StepResult(losses.pop("ce_loss"), losses, grad_norm, stop > 0, late > 0, clock, applied, router)
 
 
 def seed_noise(seed, step, micro_batch):
@@ -377,7 +382,7 @@ def save(run):
     if not run.args.save_checkpoint:
         return
     run.log.sync()  # a checkpoint must never be newer than the log that it continues
-    state = checkpoint.get_state(run.raw_model, run.optimizer) | {
+    fields = {
         "loader": run.loader.state_dict(),
         "progress": dataclasses.asdict(run.progress),
         "step": run.progress.step,
@@ -386,6 +391,11 @@ def save(run):
         "tokenizer": run.tokenizer.name,
         "record": run.record,
     }
+    if run.args.fsdp:  # on the CPU a copy to write from would take the memory of training
+        folder, background = checkpoint.set_path(run.folder, run.progress.step), run.machine.device.type != "cpu"
+        run.saver.save_shards(run.raw_model, run.optimizer, fields, folder, background)
+        return
+    state = checkpoint.get_state(run.raw_model, run.optimizer) | fields
     if run.machine.is_main:
         run.saver.save(state, checkpoint.step_path(run.folder, run.progress.step))
 
@@ -395,7 +405,9 @@ def last_save(run):
     if run.progress.step > run.first_step:  # a run that was finished already keeps its checkpoint
         save(run)
     if (error := run.saver.wait()) and run.args.save_checkpoint:
-        raise UserError(f"the last checkpoint could not be written to {run.folder} ({error}): free space, run again")
+        with common.same_on_every_rank():
+            problem = f"the last checkpoint could not be written to {run.folder} ({error})"
+            raise UserError(f"{problem}: free space, run again")
     if run.log.error:
         raise run.log.error
 
@@ -416,61 +428,7 @@ def interrupt(run):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Setting up: settings, names and identity, what to resume
-
-
-def check_args(args, world_size):
-    """Validate settings before building anything. UserError names the flag and what to pass instead."""
-    common.check_settings(args)
-    per_micro_step = args.B * args.T * world_size
-    if args.total_batch_size % per_micro_step:
-        nearest = max(1, round(args.total_batch_size / per_micro_step)) * per_micro_step
-        ranks = f" x {world_size} ranks" if world_size > 1 else ""
-        raise UserError(
-            f"--total_batch_size {args.total_batch_size} is not a multiple of --B {args.B} x --T {args.T}{ranks}"
-            f" = {per_micro_step}; the nearest is --total_batch_size {nearest}"
-        )
-    if args.block_size is not None and args.block_size < args.T:
-        raise UserError(f"--T {args.T} is more than --block_size {args.block_size}: lower --T")
-    if args.min_lr is not None and args.min_lr > args.max_lr:
-        raise UserError(f"--min_lr {args.min_lr} is above --max_lr {args.max_lr}: lower it")
-    if args.decay_steps and args.schedule != "wsd":
-        raise UserError(f"--decay_steps {args.decay_steps} belongs to --schedule wsd: pass that, or leave it out")
-    if args.decay_steps and args.decay_steps > args.max_steps:
-        raise UserError(f"--decay_steps {args.decay_steps} is more than --max_steps {args.max_steps}: lower it")
-    if args.decay_steps and args.max_minutes:
-        raise UserError("--decay_steps counts steps, and --max_minutes sets the end by the clock: leave one out")
-    if args.fsdp and world_size == 1:
-        raise UserError("--fsdp shards over ranks: start with torchrun --nproc_per_node=N, or leave it out")
-    if args.fsdp and args.optimizer != "adamw":
-        raise UserError(f"--fsdp needs --optimizer adamw: {args.optimizer} needs whole parameters")
-    if args.muon_lr != identity.PUBLISHED["muon_lr"] and args.optimizer != "muon":
-        raise UserError(f"--muon_lr {args.muon_lr} belongs to --optimizer muon: pass that, or leave it out")
-    if args.optimizer == "muon" and not args.max_lr:
-        raise UserError("--optimizer muon needs a --max_lr above 0: the schedule is relative to it")
-    if args.name:
-        identity.run_stem(args.name, "0", args.seed)
-    if args.run_id:
-        identity.run_stem("name", args.run_id, args.seed)
-    model_config(args)
-
-
-def check_widths(args, machine):
-    """Grouped products in bfloat16 on CUDA read rows of whole 16 bytes."""
-    config = model_config(args)
-    if machine.device.type == "cuda" and machine.dtype == torch.bfloat16 and config.n_exp > 1:
-        for name, width in (("n_embd", config.n_embd), ("expert_hidden", config.hidden_of_expert)):
-            if width % 8:
-                raise UserError(f"--{name} {width} is not a multiple of 8, which CUDA needs in bfloat16: round it")
-
-
-def model_config(args):
-    """GPTConfig from the fields of Args that bear the same names."""
-    settings = {name: getattr(args, name) for name in MODEL_FIELDS}
-    try:
-        return GPTConfig(**settings | {"block_size": args.block_size or args.T})
-    except ValueError as error:
-        raise UserError(f"--{error}") from None
+# Setting up: names and identity, what to resume
 
 
 def set_up(args, machine, stem, log_path, folder, console):
@@ -488,9 +446,9 @@ def set_up(args, machine, stem, log_path, folder, console):
     optimizer = optim.build_optimizer(raw_model, args)
     progress = Progress(**brief["progress"]) if brief else Progress()
     if brief:
-        checkpoint.set_state(raw_model, optimizer, state, folder)
+        common.together(lambda: checkpoint.set_state(raw_model, optimizer, state, folder), machine)
         common.together(lambda: loader.load_state_dict(brief["loader"]), machine)
-    del state
+    state = None
     examples = hellaswag.load_for_training(
         args.hellaswag_data, args.hellaswag_limit, tokenizer, args.hellaswag_every, machine, console.say
     )
@@ -499,8 +457,10 @@ def set_up(args, machine, stem, log_path, folder, console):
         record = brief["record"] | {"changes": changes}
     if args.save_checkpoint:
         common.together(lambda: is_main and common.check_writable(folder, "--checkpoint_dir"), machine)
+        common.together(lambda: args.fsdp and common.check_shared(folder), machine)
     log = common.together(lambda: logger.Log(args, machine, log_path, record, progress), machine)
-    saver = checkpoint.BackgroundSaver(args.keep_checkpoints, console.warn_of_disk)
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.dist_timeout)) if args.fsdp else None
+    saver = checkpoint.BackgroundSaver(args.keep_checkpoints, console.warn_of_disk, group)
     run = Run(args, machine, raw_model, model, optimizer, loader, val_loader, tokenizer, examples, progress, record,
               log, console, saver, folder, stop, progress.step, common.is_compiled(args, machine))  # fmt: skip
     logger.print_header(run)
@@ -513,22 +473,21 @@ def set_up(args, machine, stem, log_path, folder, console):
 
 def build_model(args, machine, state):
     """The bare model on its device: from scratch, from --init_from, or empty where a checkpoint follows."""
-    generator = torch.Generator().manual_seed(args.seed)
+    generator, weights = torch.Generator().manual_seed(args.seed), None
     if state is not None:
         config = checkpoint.config_of(state["config"], "the checkpoint")
-        logger.check_memory(args, config, machine)
-        model = GPT(config, generator)
     elif args.init_from == "scratch":
-        logger.check_memory(args, model_config(args), machine)
-        model = GPT(model_config(args), generator)
+        config = model_config(args)
     else:
+        source, fields, weights, _ = checkpoint.read_source(args.init_from)
         given = {name: getattr(args, name) for name in MODEL_FIELDS}
         if args.eval_only:  # as it is: a dense model is not made into a MoE
             given = {}
-        overrides = {name: value for name, value in given.items() if name not in SHAPE or value != getattr(Args, name)}
-        model = checkpoint.init_from(args.init_from, overrides, generator)
-    if model.config.block_size < args.T:
-        raise UserError(f"--T {args.T} is more than the {model.config.block_size} positions of the model: lower --T")
+        shape = [name for name in SHAPE if given.get(name) == getattr(Args, name)]
+        given = {name: value for name, value in given.items() if value is not None and name not in shape}
+        config = checkpoint.config_of(fields | given, source)
+    check_model(config, args, machine)
+    model = GPT(config, generator) if weights is None else checkpoint.upcycle(fields, weights, given, source, generator)
     for name in SHAPE:  # as it is, for the record
         setattr(args, name, getattr(model.config, name))
     return model.to(machine.device)
@@ -575,7 +534,6 @@ def run(args):
         args.dtype = str(machine.dtype).removeprefix("torch.")
         if args.hellaswag_limit is None and machine.device.type == "cpu":
             args.hellaswag_limit = 200
-        check_widths(args, machine)
     if args.eval_only:
         return evaluate_only(args, machine)
     with common.same_on_every_rank():

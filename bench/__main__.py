@@ -6,6 +6,8 @@
     python -m bench moe                        # the MoE layer by parts, and other implementations of each part
     python -m bench tokenize | loader | hellaswag | sample      # against the baselines as published
     python -m bench step --device cuda --compile --imbalanced   # one expert gets half of all tokens
+    python -m bench gpu --minutes 9            # all that a first run on a GPU should tell (gpu.py)
+    python -m bench roofline --gpu h100        # the step predicted from its bytes and FLOPs (roofline.py)
 
 Prints a table and writes {bench}_{device}_{dtype}.json with every sample to --out_dir. What the numbers led to:
 results/bench/README.md; every trial: results/bench/LOG.md.
@@ -25,10 +27,10 @@ import torch
 import tyro
 
 import common
-from bench import pipeline, steps
+from bench import gpu, pipeline, roofline, steps
 from bench.moe import bench_moe
 from bench.timing import write_result
-from common import NotNegative, Positive, Range, Seed, UserError
+from common import FiniteAboveZero, NotNegative, Positive, Range, Seed, UserError
 
 BENCHES = {
     "step": steps.bench_step,
@@ -39,6 +41,7 @@ BENCHES = {
     "hellaswag": pipeline.bench_hellaswag,
     "sample": pipeline.bench_sample,
 }
+RUNS = {"gpu": gpu.run, "roofline": roofline.run}  # these write files of their own
 TRAINING = ("step", "scale", "moe")
 WHOLE_RUNS = ("hellaswag", "sample")  # GPT-2 124M on either device: seconds to minutes each, so fewer rounds
 CPU_SHAPE = {"n_layer": 6, "n_embd": 384, "n_head": 6, "vocab_size": 4096, "T": 256, "one_hot_max_tokens": 8192}
@@ -50,12 +53,13 @@ TOKENS = {  # per micro-batch
     ("scale", "cuda"): (2048, 4096, 8192, 16384, 32768, 65536),
     ("moe", "cpu"): (2048, 8192),
     ("moe", "cuda"): (16384, 65536),
+    ("roofline", "cpu"): (16384, 65536),
 }
 
 
 @dataclass
 class Args:
-    bench: Annotated[Literal[tuple(BENCHES)], tyro.conf.Positional]  # Subcommand
+    bench: Annotated[Literal[(*BENCHES, *RUNS)], tyro.conf.Positional]  # Subcommand
 
     # measuring
     device: Literal["auto", "cpu", "cuda"] = "auto"  # Device
@@ -66,12 +70,15 @@ class Args:
     threads: Positive | None = None  # Threads of torch on the CPU (default: all cores)
     compile: bool = False  # torch.compile the training step
     profile: bool = False  # Profile one more round per variant: trace_*.json, opens in Perfetto
-    out_dir: Path = Path("results/bench")  # Folder of the JSON files
+    out_dir: Path | None = (
+        None  # Folder of the files (default: results/bench; gpu: results/gpu/DEVICE; roofline: results/gpu)
+    )
     seed: Seed = 1337  # Seed of weights and data
 
     # step, scale, moe
     variants: tuple[str, ...] = tuple(steps.VARIANTS)  # Variants of step; dense is always there
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: step trains each variant with Muon too, beside AdamW
+    recompute: tuple[Literal["experts", "blocks"], ...] = ()  # step times each variant with these recomputed, too
     vs: str = ""  # Path of another repository's model.py with nanoGPT's GPT and GPTConfig, timed by step
     tokens: tuple[int, ...] | None = None  # Tokens per micro-batch, one or more sizes (default: by subcommand)
     imbalanced: bool = False  # Expert 0 is the first choice of every second token and no choice of the others
@@ -94,11 +101,22 @@ class Args:
     examples: Positive = 200  # HellaSwag examples, at most
     new_tokens: Positive = 480  # Tokens that sample writes
 
+    # gpu
+    minutes: FiniteAboveZero = 9.0  # Time of all parts together
+    parts: tuple[Literal[tuple(gpu.SHARES)], ...] = tuple(gpu.SHARES)  # Parts to measure
+    data_root: str = ""  # Shards to train on (default: made from Python's own library)
+
+    # roofline
+    gpu: Literal[tuple(roofline.GPUS)] = "h100"  # GPU to predict for
+    grouped_tflops: FiniteAboveZero | None = None  # Rate of grouped products (default: that of all products)
+
 
 def main():
     args = common.parse(Args)
     fill_defaults(args)
     check_args(args)
+    if args.bench in RUNS:
+        return RUNS[args.bench](args)
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cpu" and args.bench in TRAINING:  # as train_single_gpu.py does
@@ -118,9 +136,14 @@ def measure(args, dtype):
 
 def fill_defaults(args):
     """Settings that depend on the device and the subcommand."""
-    args.device = "cuda" if common.choose_device(args.device).type == "cuda" else "cpu"
+    if args.bench == "gpu":
+        gpu.fill_defaults(args)
+        return
+    predicted = args.bench == "roofline"
+    args.out_dir = args.out_dir or Path("results/gpu" if predicted else "results/bench")
+    args.device = "cuda" if not predicted and common.choose_device(args.device).type == "cuda" else "cpu"
     whole_run = args.bench in WHOLE_RUNS
-    defaults = GPT2_SHAPE if args.device == "cuda" or whole_run else CPU_SHAPE
+    defaults = GPT2_SHAPE if args.device == "cuda" or whole_run or predicted else CPU_SHAPE
     defaults = defaults | ({"rounds": 3, "warmup": 1} if whole_run else {"rounds": 9, "warmup": 8})
     for name, value in defaults.items():
         if getattr(args, name) is None:
@@ -141,7 +164,7 @@ def choose_dtypes(args):
 
 def check_args(args):
     """UserError for what cannot be measured, before anything is."""
-    if args.bench in TRAINING:
+    if args.bench in (*TRAINING, *RUNS):
         check_tokens(args)
     if not args.variants:
         raise UserError(f"--variants needs at least one of {', '.join(steps.VARIANTS)}")
@@ -174,6 +197,8 @@ def check_step_only(args):
         raise UserError("--vs is timed by step alone: python -m bench step --vs PATH")
     if args.optimizer != "adamw" and args.bench != "step":
         raise UserError("--optimizer is timed by step alone: python -m bench step --optimizer muon")
+    if args.recompute and args.bench != "step":
+        raise UserError("--recompute is timed by step alone: python -m bench step --recompute blocks")
     if args.vs:
         steps.load_vs(args)
 

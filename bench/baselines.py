@@ -9,7 +9,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kernels import compute_dtype
 from model import MoE, Router
 from tokenizer import get_tokenizer
 
@@ -39,7 +38,6 @@ class OneHotMoE(MoE):
         gates_NE = choices_NE * routing.gate_TK.t().reshape(-1, 1)
         pairs = zip(gates_NE.split(n_tokens), slots_NC.split(n_tokens), strict=True)
         combine_TEC = sum(gates_TE[:, :, None] * slots_TC[:, None] for gates_TE, slots_TC in pairs)
-        x_TD = x_TD.to(compute_dtype(x_TD))
         dispatch_TEC = (combine_TEC > 0).to(x_TD.dtype)
         x_ECD = (dispatch_TEC.flatten(1).t() @ x_TD).view(n_exp, capacity, -1)
         h_ECF = F.gelu(batched_linear(x_ECD, experts.c_fc, experts.fc_bias), approximate="tanh")

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import kernels
 from bench.steps import build_model
-from bench.timing import interleave, median_ratio, median_seconds
+from bench.timing import Target, interleave, median_ratio, median_seconds
 from common import autocast
 from model import MLP
 
@@ -24,6 +24,7 @@ class Inputs(NamedTuple):
     x_ND: torch.Tensor
     h_NF: torch.Tensor
     y_ND: torch.Tensor
+    grad_NF: torch.Tensor  # of the first product's output; a constant
 
 
 def new_inputs(moe, tokens, dtype, round_number):
@@ -36,10 +37,10 @@ def new_inputs(moe, tokens, dtype, round_number):
         plan = kernels.sort_by_expert(routing.expert_TK, moe.config.n_exp)
         x_ND = x_TD[plan.pair_N % tokens]
         h_NF = torch.randn(len(x_ND), moe.config.hidden_of_expert, device=device).to(dtype)
-        y_ND = torch.randn(len(x_ND), D, device=device).to(dtype)
+        y_ND, grad_NF = torch.randn(len(x_ND), D, device=device).to(dtype), torch.randn_like(h_NF)
     for leaf in (x_TD, routing.gate_TK, x_ND, h_NF, y_ND):
         leaf.requires_grad_()
-    return Inputs(x_TD, routing.gate_TK, routing.expert_TK, plan, x_ND, h_NF, y_ND)
+    return Inputs(x_TD, routing.gate_TK, routing.expert_TK, plan, x_ND, h_NF, y_ND, grad_NF)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,7 +76,12 @@ class Impl(NamedTuple):
     part: str
     name: str
     run: Callable  # Inputs -> output
-    leaves: Callable | None  # Inputs -> tensors whose gradients are computed; None: no backward
+    backward: Callable | None  # (Inputs, output) -> gradients; None: not timed
+
+
+def grads_of(leaves):
+    """The backward of Impl by autograd; leaves: Inputs -> tensors whose gradients are computed."""
+    return lambda i, out: torch.autograd.grad(out, leaves(i), torch.ones_like(out), allow_unused=True)
 
 
 def implementations(moe, dtype):
@@ -88,28 +94,34 @@ def implementations(moe, dtype):
     weight = moe.experts.c_fc.detach().to(dtype).requires_grad_()
     bias = moe.experts.fc_bias.detach().squeeze(1).to(dtype)
     flat = weight.detach()[0].t().contiguous().requires_grad_()
-    dispatch, combine = kernels.Dispatch.apply, kernels.Combine.apply
+
+    def product_grads(i, out):
+        grad_x = kernels.grouped_linear(i.grad_NF, weight.transpose(1, 2), None, i.plan.ends_E)
+        return grad_x, *kernels.grouped_weight_grads(i.x_ND, i.grad_NF, i.plan.ends_E)
+
     return [
-        Impl("router", "ours", lambda i: moe.router(i.x_TD).gate_TK, lambda i: [i.x_TD, moe.router.w_g.weight]),
+        Impl("router", "ours", lambda i: moe.router(i.x_TD).gate_TK,
+             grads_of(lambda i: [i.x_TD, moe.router.w_g.weight])),
         Impl("sort", "counting", lambda i: kernels.sort_by_expert(i.expert_TK, E), None),
         Impl("sort", "comparison", lambda i: sort_by_comparison(i, E), None),
-        Impl("gather", "back by gather", lambda i: dispatch(i.x_TD, i.plan.row_N, i.plan.pair_N), lambda i: [i.x_TD]),
-        Impl("gather", "back by scatter", lambda i: i.x_TD[i.plan.pair_N % len(i.x_TD)], lambda i: [i.x_TD]),
-        Impl("product", "ours", lambda i: kernels.grouped_linear(i.x_ND, weight, bias, i.plan.ends_E),
-             lambda i: [i.x_ND, weight]),
-        Impl("product", "one dense", lambda i: F.linear(i.x_ND, flat, bias[0]), lambda i: [i.x_ND, flat]),
+        Impl("gather", "back by gather", lambda i: kernels.dispatch(i.x_TD.detach(), i.plan.pair_N),
+             lambda i, out: kernels.sum_rows(out, i.plan.row_N, len(i.x_TD))),
+        Impl("gather", "back by scatter", lambda i: i.x_TD[i.plan.pair_N % len(i.x_TD)], grads_of(lambda i: [i.x_TD])),
+        Impl("product", "ours", lambda i: kernels.grouped_linear(i.x_ND, weight, bias, i.plan.ends_E), product_grads),
+        Impl("product", "one dense", lambda i: F.linear(i.x_ND, flat, bias[0]), grads_of(lambda i: [i.x_ND, flat])),
         Impl("product", "grouped_mm", lambda i: F.grouped_mm(i.x_ND, weight, offs=i.plan.ends_E),
-             lambda i: [i.x_ND, weight]),
-        Impl("product", "padded to 2x", lambda i: padded_products(i, weight), lambda i: [i.x_ND, weight]),
-        Impl("activation", "gelu tanh", lambda i: F.gelu(i.h_NF, approximate="tanh"), lambda i: [i.h_NF]),
-        Impl("combine", "by gather", lambda i: combine(i.y_ND, i.gate_TK, i.plan.row_N, i.plan.pair_N),
-             lambda i: [i.y_ND, i.gate_TK]),
-        Impl("combine", "by scatter", combine_by_scatter, lambda i: [i.y_ND, i.gate_TK]),
-        Impl("experts", "ours", lambda i: moe.experts(i.x_ND, i.plan.ends_E),
-             lambda i: [i.x_ND, *moe.experts.parameters()]),
-        Impl("experts", "one dense MLP", lambda i: one_expert(i.x_ND), lambda i: [i.x_ND, *one_expert.parameters()]),
-        Impl("layer", "ours", lambda i: moe(i.x_TD[None])[0][0], lambda i: [i.x_TD, *moe.parameters()]),
-        Impl("layer", "one dense MLP", lambda i: mlp(i.x_TD), lambda i: [i.x_TD, *mlp.parameters()]),
+             grads_of(lambda i: [i.x_ND, weight])),
+        Impl("product", "padded to 2x", lambda i: padded_products(i, weight), grads_of(lambda i: [i.x_ND, weight])),
+        Impl("activation", "ours", lambda i: kernels.Gelu.apply(i.h_NF), grads_of(lambda i: [i.h_NF])),
+        Impl("activation", "gelu tanh", lambda i: F.gelu(i.h_NF, approximate="tanh"), grads_of(lambda i: [i.h_NF])),
+        Impl("combine", "by gather", lambda i: kernels.combine(i.y_ND, i.gate_TK, i.plan.row_N), None),
+        Impl("combine", "by scatter", combine_by_scatter, None),
+        Impl("experts", "ours", lambda i: moe.experts(i.x_TD, i.expert_TK, i.gate_TK, i.plan),
+             grads_of(lambda i: [i.x_TD, i.gate_TK, *moe.experts.parameters()])),
+        Impl("experts", "one dense MLP", lambda i: one_expert(i.x_ND),
+             grads_of(lambda i: [i.x_ND, *one_expert.parameters()])),
+        Impl("layer", "ours", lambda i: moe(i.x_TD[None])[0][0], grads_of(lambda i: [i.x_TD, *moe.parameters()])),
+        Impl("layer", "one dense MLP", lambda i: mlp(i.x_TD), grads_of(lambda i: [i.x_TD, *mlp.parameters()])),
     ]  # fmt: skip
 
 
@@ -117,9 +129,23 @@ def run_impl(impl, dtype, inputs, mark):
     with autocast(inputs.x_TD.device, dtype):
         out = impl.run(inputs)
     mark()
-    if impl.leaves is not None:
-        torch.autograd.grad(out, impl.leaves(inputs), torch.ones_like(out), allow_unused=True)
+    if impl.backward is not None:
+        impl.backward(inputs, out)
     mark()
+
+
+def kept_units(impl, dtype, inputs):
+    """Bytes that autograd keeps per token and pair after the forward, over those of x: units of T * D."""
+    kept, rows = {}, (len(inputs.x_TD), len(inputs.x_ND))  # weights, also those cast, have other first dimensions
+
+    def keep(tensor):
+        if tensor.dim() and len(tensor) in rows:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(inputs.x_TD.device, dtype):
+        out = impl.run(inputs)
+    return sum(kept.values()) / inputs.x_TD.nbytes if out.requires_grad else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,7 +171,7 @@ def bench_moe(args, dtype):
     """Every implementation of every part, forward and backward, on the first MoE layer of top2."""
     dtype = getattr(torch, dtype)
     moe = build_model(args, "top2").moe_layers()[0][1]
-    rows, samples = [], {}
+    rows, samples, targets = [], {}, []
     for tokens in args.tokens:
         impls = {f"{impl.part}/{impl.name}@{tokens}": impl for impl in implementations(moe, dtype)}
         runs = {key: functools.partial(run_impl, impl, dtype) for key, impl in impls.items()}
@@ -153,8 +179,13 @@ def bench_moe(args, dtype):
         costs, first = forward_costs(moe, dtype, tokens), {}
         for key, impl in impls.items():
             base = first.setdefault(impl.part, key)
-            rows.append(moe_row(samples, impl, tokens, key, base, *costs[impl.part]))
-    return rows, samples, []
+            row = moe_row(samples, impl, tokens, key, base, *costs[impl.part])
+            if impl.part in ("experts", "layer"):
+                row["kept"] = kept_units(impl, dtype, new_inputs(moe, tokens, dtype, 0))
+            rows.append(row)
+            if key == f"layer/ours@{tokens}":
+                targets.append(Target(f"units of T * D that a layer keeps at {tokens}", row["kept"], "<=", 10))
+    return rows, samples, targets
 
 
 def moe_row(samples, impl, tokens, key, base, gbytes, gflop):
@@ -162,5 +193,5 @@ def moe_row(samples, impl, tokens, key, base, gbytes, gflop):
     return {
         "tokens": tokens, "part": impl.part, "impl": impl.name, "forward": seconds * 1e3,
         "backward": median_seconds(samples, key, 1) * 1e3, "over first": median_ratio(samples, key, base),
-        "GB": gbytes, "GB/s": gbytes / seconds, "GFLOP": gflop, "GFLOP/s": gflop / seconds,
+        "GB": gbytes, "GB/s": gbytes / seconds, "GFLOP": gflop, "GFLOP/s": gflop / seconds, "kept": "",
     }  # fmt: skip

@@ -22,10 +22,12 @@ VARIANTS = {  # settings of GPTConfig; --n_exp experts and no capacity unless gi
     "top1": {"top_k": 1, "gate": "softmax"},
     "top2": {},
     "top2_capacity": {"train_capacity": 1.25},
+    "narrow": {"n_exp": 16, "top_k": 4, "expert_hidden": "iso"},  # a quarter of the width
     "noisy_aux_z": {"use_noisy_top_k": True, "use_aux_loss": True, "use_router_z_loss": True},
     "one_hot": {"train_capacity": 1.25},  # top2_capacity by one-hot dispatch
 }
 MUON = "+muon"  # ends the name of a variant that is trained with Muon, not AdamW
+RECOMPUTED = {"experts": "+experts", "blocks": "+blocks"}  # ends the name of a variant whose backward computes it again
 PHASES = ("forward", "backward", "clip", "optimizer")
 
 
@@ -43,14 +45,15 @@ class Trainer(NamedTuple):
 def config_of(args, name):
     """GPTConfig of a variant. Raises ValueError for a shape that no model can have."""
     shape = {field: getattr(args, field) for field in ("vocab_size", "n_layer", "n_head", "n_embd")}
-    settings = {"n_exp": args.n_exp, "train_capacity": math.inf} | VARIANTS[name.removesuffix(MUON)]
+    settings = {"n_exp": args.n_exp, "train_capacity": math.inf} | VARIANTS[name.split("+")[0]]
     return GPTConfig(block_size=args.T, **shape, **settings)
 
 
 def build_model(args, name):
     """The variant on the device, its router weights three times as large as they start, so that the load is uneven."""
     torch.manual_seed(args.seed)
-    model = GPT(config_of(args, name)).to(args.device)
+    with torch.device(args.device):
+        model = GPT(config_of(args, name))
     router_class = TurnRouter if args.uniform_routing else HalfRouter if args.imbalanced else None
     for layer, moe in model.moe_layers():
         if name == "one_hot":
@@ -69,6 +72,7 @@ def load_vs(args):
     if spec is None or not path.is_file():
         raise UserError(f"--vs {path} is not a Python file: give the path of a model.py like nanoGPT's")
     module = sys.modules["vs_model"] = importlib.util.module_from_spec(spec)
+    sys.path.append(str(path.resolve().parent))  # it may import files beside it, as nanoMoE's does
     shape = {"n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "dropout": 0.0, "bias": True}
     torch.manual_seed(args.seed)
     try:
@@ -100,7 +104,13 @@ def build_trainer(args, name, dtype):
         optimizer = Muon(muon_groups(model, groups), lr=1e-5)
     else:
         optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True)
-    call = torch.compile(model, fullgraph=name != "vs", dynamic=False) if args.compile else model
+    if args.compile and name.endswith(RECOMPUTED["blocks"]):  # as in training
+        for block in model.transformer.h:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+    for part in [part for part, ending in RECOMPUTED.items() if name.endswith(ending)]:
+        model.recompute(part)
+    whole = args.compile and not name.endswith(RECOMPUTED["blocks"])
+    call = torch.compile(model, fullgraph=name != "vs", dynamic=False) if whole else model
     return Trainer(model, lambda x, y: call(x, y)[loss_at], optimizer, getattr(torch, dtype))
 
 
@@ -216,13 +226,22 @@ def add_one_hot(args, dtype, rows, samples, targets):
 
 
 def bench_step(args, dtype):
-    """Variants, with --optimizer muon also trained with Muon, and `--vs`, against dense in the same rounds."""
+    """Variants, those of --optimizer and --recompute too, and `--vs`, against dense in the same rounds."""
     names = [name for name in dict.fromkeys(("dense", *args.variants)) if name != "one_hot"]
-    names += [name + MUON for name in names] * (args.optimizer == "muon") + ["vs"] * bool(args.vs)
+    again = [
+        name + RECOMPUTED[part] for name in names for part in args.recompute if (name, part) != ("dense", "experts")
+    ]
+    names += [name + MUON for name in names] * (args.optimizer == "muon") + again + ["vs"] * bool(args.vs)
     rows, samples = time_steps(args, dtype, [(name, tokens) for tokens in args.tokens for name in names])
+    targets = step_targets(args, dtype, rows, samples)
+    return add_one_hot(args, dtype, rows, samples, targets) if "one_hot" in args.variants else (rows, samples, targets)
+
+
+def step_targets(args, dtype, rows, samples):
+    """Targets of dense and top2, at each size."""
     by_cell = {(row["variant"], row["tokens"]): row for row in rows}
     targets = []
-    for tokens in args.tokens:
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
         dense, top2 = by_cell["dense", tokens], by_cell.get(("top2", tokens))
         if args.device == "cuda":
             targets.append(Target(f"dense MFU at {tokens}", dense["MFU"], ">=", 0.58))
@@ -234,7 +253,7 @@ def bench_step(args, dtype):
         elif top2:
             limit = 1.12 if dtype == "float32" else 1.2
             targets.append(Target(f"top2 over dense, beyond FLOPs, at {tokens}", top2["excess"], "<=", limit))
-    return add_one_hot(args, dtype, rows, samples, targets) if "one_hot" in args.variants else (rows, samples, targets)
+    return targets
 
 
 def bench_scale(args, dtype):

@@ -142,13 +142,14 @@ def write_result(args, dtype, rows, samples, targets):
     print(path)
 
 
-def print_table(rows):
-    def text(value):
-        if not isinstance(value, float):
-            return str(value)
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+def format_value(value):
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
 
-    columns = {name: [name, *(text(row.get(name, "")) for row in rows)] for name in rows[0]}
+
+def print_table(rows):
+    columns = {name: [name, *(format_value(row.get(name, "")) for row in rows)] for name in rows[0]}
     widths = [max(map(len, column)) for column in columns.values()]
     for line in zip(*columns.values(), strict=True):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

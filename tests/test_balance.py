@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import lines
 
 import balance
@@ -67,6 +68,16 @@ def sequences_by_loop(moe, batches):
     return losses
 
 
+def losses_of(moe, batches):
+    """As the model makes them: with the scope step, in the end, of all layers at once."""
+    so_far, losses = torch.zeros(1, moe.config.n_exp + 1, dtype=torch.int64), []
+    for x in batches:
+        value = moe(x)[1]["aux_loss"]
+        in_step = moe.config.balance_scope == "step"
+        losses += balance.losses_in_step(so_far, [value], x[..., 0].numel()) if in_step else [value]
+    return losses
+
+
 def micro_batches_by_loop(moe, batches):
     return [step_by_loop(moe, [x])[0] for x in batches]
 
@@ -78,11 +89,11 @@ def micro_batches_by_loop(moe, batches):
 def test_the_balance_loss_of_each_scope(scope, reference, top_k):
     moe, batches = layer(balance_scope=scope, top_k=top_k, gate="softmax"), inputs(3)
     results = []
-    for losses_of in (lambda: [moe(x)[1]["aux_loss"] for x in batches], lambda: reference(moe, batches)):
+    for way in (losses_of, reference):
         moe.zero_grad()
         for x in batches:
             x.requires_grad_().grad = None
-        losses = losses_of()
+        losses = way(moe, batches)
         sum(losses).backward()
         results.append([torch.stack(losses), moe.router.w_g.weight.grad, *(x.grad for x in batches)])
     for ours, theirs in zip(*results, strict=True):  # loads are float32
@@ -92,15 +103,33 @@ def test_the_balance_loss_of_each_scope(scope, reference, top_k):
 def test_the_scopes_differ_and_agree_where_they_count_the_same_tokens():
     losses = {}
     for scope in balance.SCOPES:
-        moe = layer(balance_scope=scope)
-        losses[scope] = [moe(x)[1]["aux_loss"].item() for x in inputs(2)]
-        (one,) = inputs(1, B=1)
-        fresh = layer(balance_scope=scope)
-        losses[f"{scope}, one sequence"] = fresh(one)[1]["aux_loss"].item()
+        losses[scope] = [loss.item() for loss in losses_of(layer(balance_scope=scope), inputs(2))]
+        (losses[f"{scope}, one sequence"],) = losses_of(layer(balance_scope=scope), inputs(1, B=1))
     assert losses["step"][0] == pytest.approx(losses["micro_batch"][0]) != losses["sequence"][0]
     assert abs(losses["step"][1] - losses["micro_batch"][1]) > 1e-3
-    alone = [value for name, value in losses.items() if "one" in name]
+    alone = [value.item() for name, value in losses.items() if "one" in name]
     assert alone == pytest.approx([alone[0]] * 3)
+
+
+def test_the_layers_of_a_model_share_one_all_reduce_per_micro_batch(monkeypatch):
+    config = GPTConfig(**TINY | {"n_layer": 3}, stride=1, n_exp=4, use_aux_loss=True, balance_scope="step")
+    model, seen, reduced, real = GPT(config, torch.Generator().manual_seed(0)), [], [], dist.all_reduce
+    for _, moe in model.moe_layers():
+        moe.router.register_forward_hook(lambda module, args, routing: seen.append(routing))
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: (reduced.append(tensor.shape), real(tensor)))
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        batches = [torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(s)) for s in range(2)]
+        losses = [model(idx).losses["aux_loss"] for idx in batches]
+    finally:
+        dist.destroy_process_group()
+    assert reduced == [(3, 5), (3, 5)]  # layers x (experts, tokens)
+    count, expected = [[0] * 4 for _ in range(3)], [0, 0]
+    for i, routing in enumerate(seen):
+        batch, at = divmod(i, 3)
+        count[at] = [n + (routing.expert_TK == e).sum().item() for e, n in enumerate(count[at])]
+        expected[batch] += loss_of_load(32 * (batch + 1), count[at], routing.probs_TE, 4).item()
+    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_new_step_and_an_evaluation_forget_and_leave_nothing():
@@ -111,9 +140,9 @@ def test_a_new_step_and_an_evaluation_forget_and_leave_nothing():
     model(first)
     model.start_step()
     assert torch.equal(model(second).losses["aux_loss"], alone)
-    before = [moe.so_far.clone() for _, moe in model.moe_layers()]
+    before = model.so_far.clone()
     model.eval()(first)
-    assert all(torch.equal(moe.so_far, count) for (_, moe), count in zip(model.moe_layers(), before, strict=True))
+    assert torch.equal(model.so_far, before) and before[:, -1].tolist() == [32]
     assert not any("so_far" in name for name in model.state_dict())
 
 

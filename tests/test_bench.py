@@ -208,49 +208,12 @@ def run(monkeypatch, *argv):
 
 def test_step_beside_another_repository(tmp_path, monkeypatch):
     path = tmp_path / "model.py"
-    path.write_text(VS_MODEL)
+    path.write_text("import vs_beside\n" + VS_MODEL)
+    (tmp_path / "vs_beside.py").write_text("")
+    monkeypatch.setattr(sys, "path", [*sys.path])
     words = ("step", *SHAPE, *SHORT, "--variants", "dense", "--tokens", 64, "--dtype", "float32")
     assert run(monkeypatch, *words, "--vs", path, "--out_dir", tmp_path) == 0
     result = json.loads((tmp_path / "step_cpu_float32.json").read_text())
     assert [row["variant"] for row in result["rows"]] == ["dense", "vs"]
     assert result["rows"][1].keys() >= {"ms", "ratio", "excess", "MB"}
     assert len(result["samples_s"]["vs@64"]) == 2
-
-
-# -- mistakes
-
-
-@pytest.mark.parametrize("argv, words", [
-    ("step --tokens 100", "--tokens 100 is not a positive multiple of --T"),
-    ("step --tokens 0", "--tokens 0 is not a positive multiple of --T"),
-    ("step --tokens", "--tokens: step needs a size"),
-    ("scale --tokens 256", "--tokens: scale needs two sizes"),
-    ("step --T 0", "--T must be at least 1"),
-    ("step --n_head 5", "--n_embd 384 is not divisible by n_head 5"),
-    ("step --n_exp 0", "--n_exp must be at least 2"),
-    ("step --n_exp 1", "--n_exp must be at least 2"),
-    ("step --threads -3", "--threads must be at least 1"),
-    ("step --threads 0", "--threads must be at least 1"),
-    ("step --rounds 0", "--rounds must be at least 1"),
-    ("step --compile --warmup 0", "--warmup 1"),
-    ("step --variants dens", "no 'dens'"),
-    ("step --variants", "--variants needs at least one of"),
-    ("step --imbalanced --uniform_routing", "exclude each other"),
-    ("step --vs no/such/model.py", "is not a Python file"),
-    ("step --vs {empty}", "has no GPT and GPTConfig"),
-    ("scale --vs {empty}", "--vs is timed by step alone"),
-    ("tokenize --megabytes nan", "--megabytes must be at least 0.001"),
-    ("tokenize --megabytes 0", "--megabytes must be at least 0.001"),
-    ("tokenize --tokenizer words", "unknown tokenizer 'words'"),
-    ("loader --shard_tokens 1000", "--shard_tokens 1000 must be at least"),
-    ("hellaswag --vocab_size 300", "--vocab_size 300 must be at least 50257"),
-    ("sample --T 32 --new_tokens 30", "--new_tokens 30 must lie in 4 to T - 8 = 24"),
-    ("step --out_dir {empty}/x", "cannot write to --out_dir"),
-])  # fmt: skip
-def test_a_mistake_is_one_line_before_measuring(argv, words, tmp_path, monkeypatch, capsys):
-    empty = tmp_path / "empty.py"
-    empty.touch()
-    argv = argv.format(empty=empty).split()
-    assert run(monkeypatch, *argv, "--device", "cpu", *([] if "--out_dir" in argv else ["--out_dir", tmp_path])) == 2
-    out, errors = capsys.readouterr()
-    assert words in errors and errors.count("\n") == 1 and not out

@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import io
 import json
 import math
 import os
 import pickle
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -470,7 +472,7 @@ def test_a_state_of_another_run_is_refused_with_the_first_misfit():
 
 
 RANKS = """
-import sys; sys.path[:0] = sys.argv[1:3]
+import copy, sys; sys.path[:0] = sys.argv[1:3]
 import torch, torch.distributed as dist, checkpoint, common
 from common import UserError
 from test_checkpoint import MOE, adafactor, adamw, equal, small_model, train_step
@@ -485,7 +487,7 @@ for make, sharded in ((adamw, False), (adafactor, False), (adamw, True)):
         common.shard(model)
     optimizer = make(model, foreach=False)
     wanted = {name: reference[make.__name__][name] for name in ("model", "optimizer")}
-    checkpoint.set_state(model, optimizer, wanted if rank == 0 else None, "a")
+    checkpoint.set_state(model, optimizer, copy.deepcopy(wanted) if rank == 0 else None, "a")
     assert model.lm_head.weight is model.transformer.wte.weight
     state = checkpoint.get_state(model, optimizer)
     if rank:
@@ -495,6 +497,24 @@ for make, sharded in ((adamw, False), (adafactor, False), (adamw, True)):
     state["optimizer"] = {"state": state["optimizer"]["state"]}
     assert equal(state, wanted), make
     assert all(value.device.type == "cpu" and type(value) is torch.Tensor for value in state["model"].values())
+saver = checkpoint.BackgroundSaver(3, print, dist.new_group(backend="gloo"))
+for step, background in ((1, False), (2, True)):
+    folder = checkpoint.set_path(sys.argv[4], step)
+    saver.save_shards(model, optimizer, {"step": step}, folder, background)  # of the sharded model
+    if background:
+        train_step(model, optimizer)
+    saver.wait()
+    dist.barrier()
+    for sharded in (True, False):
+        other = small_model(seed=7, **MOE)
+        if sharded:
+            common.shard(other)
+        other_optimizer = adamw(other, foreach=False)
+        checkpoint.set_state(other, other_optimizer, checkpoint.load(folder) if rank == 0 else None, "a")
+        state = checkpoint.get_state(other, other_optimizer)
+        assert rank or equal(state["model"], reference["adamw"]["model"])
+        assert rank or equal(state["optimizer"]["state"], reference["adamw"]["optimizer"]["state"])
+        train_step(other, other_optimizer)
 model = small_model(**MOE)
 try:
     checkpoint.set_state(model, adamw(model), {"model": {}, "optimizer": {}} if rank == 0 else None, "a")
@@ -516,11 +536,238 @@ def test_ranks_and_shards_take_the_state_of_rank_0_and_give_it_back(tmp_path):
     checkpoint.save(states, tmp_path / "a.pt")
     (tmp_path / "ranks.py").write_text(RANKS)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "ranks.py"), str(ROOT), str(ROOT / "tests"), str(tmp_path / "a.pt")]
+    command += [str(tmp_path / "ranks.py"), str(ROOT), str(ROOT / "tests"), str(tmp_path / "a.pt"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     said = "the state in a does not fit this run: model transformer.wte.weight is missing"
     assert sorted(done.stdout.splitlines()) == [f"rank {rank}: {said}" for rank in (0, 1)]
+    for step in (1, 2):  # written by two ranks, read by one process
+        state = checkpoint.load(tmp_path / f"step_00000{step}", ("model", "optimizer"))
+        assert {path.name for path in (tmp_path / f"step_00000{step}").iterdir()} == {
+            "__0_0.distcp", "__1_0.distcp", "index.pt"
+        }  # fmt: skip
+        assert equal(state["model"], dict(states["adamw"]["model"]))
+        assert equal(state["optimizer"]["state"], states["adamw"]["optimizer"]["state"])
+
+
+# -- sharded sets
+
+
+def write_set(path, background=False, keep=9, **fields):
+    """A set of one process, whose parts are whole tensors; the test of several ranks is below."""
+    model = small_model(**fields)
+    optimizer = adamw(model)
+    train_step(model, optimizer)
+    errors = []
+    saver = checkpoint.BackgroundSaver(keep, errors.append)
+    rest = {"config": dataclasses.asdict(model.config), "step": checkpoint.step_of(path), "tokenizer": "bytes"}
+    saver.save_shards(model, optimizer, rest, path, background)
+    assert saver.wait() is None and errors == []
+    return model, optimizer
+
+
+def test_a_set_is_read_as_a_file_is(tmp_path):
+    path = tmp_path / "step_000007"
+    model, optimizer = write_set(path, **MOE)
+    assert sorted(p.name for p in path.iterdir()) == ["__0_0.distcp", "index.pt"]
+    whole, idx = checkpoint.get_state(model, optimizer), torch.arange(24).view(2, 12)
+    for source in (path, path / "index.pt", tmp_path):
+        opened, found = checkpoint.load_model(source)
+        assert (found["step"], opened.config) == (7, model.config) and torch.equal(
+            logits(opened, idx), logits(model, idx)
+        )
+        assert checkpoint.tokenizer_of(source) == "bytes"
+    state = checkpoint.load(path, ("model", "optimizer"))
+    assert equal(state["model"], dict(whole["model"])) and equal(
+        state["optimizer"]["state"], whole["optimizer"]["state"]
+    )
+    assert state["model"]["lm_head.weight"] is state["model"]["transformer.wte.weight"]
+    upcycled = checkpoint.init_from(tmp_path, {"dropout": 0.5})
+    assert torch.equal(logits(upcycled, idx), logits(model, idx))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_set_holds_the_state_at_the_call_and_a_run_continues_from_it(tmp_path, background):
+    model = small_model(**MOE)
+    optimizer = adamw(model)
+    for seed in range(2):
+        train_step(model, optimizer, seed)
+    before = copy.deepcopy(checkpoint.get_state(model, optimizer))
+    saver = checkpoint.BackgroundSaver(3, pytest.fail)
+    saver.save_shards(model, optimizer, {"step": 2}, tmp_path / "step_000002", background)
+    train_step(model, optimizer, 2)
+    saver.wait()
+    other = small_model(seed=4, **MOE)
+    other_optimizer = adamw(other, lr=0.5)
+    checkpoint.set_state(other, other_optimizer, checkpoint.load(tmp_path / "step_000002"), "x")
+    restored = checkpoint.get_state(other, other_optimizer)
+    assert equal(restored["model"], before["model"])
+    assert equal(restored["optimizer"]["state"], before["optimizer"]["state"])
+    assert all(group["lr"] == 0.5 for group in other_optimizer.param_groups) and not any(
+        p.grad is not None for p in other.parameters()
+    )
+    other_optimizer.param_groups[0]["lr"] = other_optimizer.param_groups[1]["lr"] = 1e-2
+    train_step(other, other_optimizer, 2)
+    assert equal(checkpoint.get_state(other, other_optimizer)["model"], checkpoint.get_state(model, optimizer)["model"])
+
+
+def test_a_set_before_the_first_step_gives_no_moments(tmp_path):
+    model = small_model()
+    optimizer = adamw(model)
+    saver = checkpoint.BackgroundSaver(3, pytest.fail)
+    saver.save_shards(model, optimizer, {"step": 0}, tmp_path / "step_000000", False)
+    assert not optimizer.state
+    checkpoint.set_state(model, optimizer, checkpoint.load(tmp_path / "step_000000"), "x")
+    assert not optimizer.state
+
+
+def test_a_set_without_index_does_not_exist_and_the_next_save_removes_it(tmp_path):
+    write_set(tmp_path / "step_000001")
+    shutil.copytree(tmp_path / "step_000001", tmp_path / "step_000002", ignore=shutil.ignore_patterns("index.pt"))
+    checkpoint.save({"step": 3}, tmp_path / "step_000003.pt")
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["step_000001", "step_000003.pt"]
+    write_set(tmp_path / "step_000004", keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003.pt", "step_000004"]
+    assert checkpoint.newest(tmp_path) == tmp_path / "step_000004"
+
+
+def test_a_damaged_set_gives_way_and_is_written_again(tmp_path, capsys):
+    """Each part of the file, and the part that is not there at all."""
+    for step in (1, 2):
+        write_set(tmp_path / f"step_00000{step}")
+    part = tmp_path / "step_000002" / "__0_0.distcp"
+    original = part.read_bytes()
+    for damaged in (original[:-9], original[:5000] + bytes([original[5000] ^ 1]) + original[5001:], b"", None):
+        part.unlink() if damaged is None else part.write_bytes(damaged)
+        path, state = checkpoint.load_newest(tmp_path, ("model", "config"))
+        assert (path.name, state["step"]) == ("step_000001", 1)
+        assert "step_000002 is damaged (__0_0.distcp: " in capsys.readouterr().err
+        with pytest.raises(UserError, match=r"step_000002 is damaged \(__0_0.distcp: .*\): use an older one"):
+            checkpoint.load_model(tmp_path / "step_000002")
+    checkpoint.prune(tmp_path, 1)
+    assert (tmp_path / "step_000001").exists(), "the damaged set displaced the last good one"
+    write_set(tmp_path / "step_000002", keep=1)
+    assert checkpoint.load_newest(tmp_path, ("model",))[0].name == "step_000002"
+    assert not (tmp_path / "step_000001").exists()
+
+
+def test_flipped_bytes_of_a_set_are_found(tmp_path):
+    path = tmp_path / "step_000001"
+    write_set(path, n_layer=1)
+    good, part = checkpoint.load(path, ("model", "optimizer")), path / "__0_0.distcp"
+    original, rng, found = part.read_bytes(), random.Random(0), 0
+    for offset in [rng.randrange(len(original)) for _ in range(100)]:
+        damaged = bytearray(original)
+        damaged[offset] ^= 1 << rng.randrange(8)
+        part.write_bytes(damaged)
+        try:
+            assert equal(checkpoint.load(path, ("model", "optimizer")), good), f"the flip at {offset} was not found"
+        except UserError as error:
+            found += str(path) in str(error)
+    assert found > 50
+
+
+def test_a_crafted_set_executes_nothing(tmp_path):
+    """A pickle in each place where torch's own reader would unpickle one: .metadata, a part, the index."""
+    marker, path = tmp_path / "it_ran", tmp_path / "step_000001"
+    model, optimizer = write_set(path)
+    crafted = io.BytesIO()
+    torch.save(Explosive(str(marker)), crafted)
+    (path / ".metadata").write_bytes(pickle.dumps(Explosive(str(marker))))
+    assert checkpoint.load(path, ("model", "optimizer"))["step"] == 1
+    index = checkpoint.load(path)
+    entry = index["index"]["tensors"]["model/transformer.ln_f.bias"]
+    offsets, sizes, name, *_ = entry["chunks"][0]
+    part, content = path / name, crafted.getvalue()
+    part.write_bytes(part.read_bytes() + content)
+    entry["chunks"] = [(offsets, sizes, name, part.stat().st_size - len(content), len(content))]
+    checkpoint.save(index, path / "index.pt")
+    for read in (
+        lambda: checkpoint.load(path, ("model",)),
+        lambda: checkpoint.set_state(model, optimizer, checkpoint.load(path), "x"),
+    ):
+        with pytest.raises(UserError, match="cannot read the sharded checkpoint"):
+            read()
+    torch.save({"format": 2, "index": Explosive(str(marker))}, path / "index.pt")
+    with pytest.raises(UserError, match=r"index.pt is not a checkpoint of this project"):
+        checkpoint.load(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("change", [
+    {"shape": (2**40,)}, {"shape": (-16,)}, {"dtype": "load"}, {"dtype": 3}, {"chunks": []},
+    {"chunks": 5}, {"chunks": [((0,), (16,), "../part", 0, 2000)]}, {"chunks": [((0,), (16,), "part", -5, 2000)]},
+    {"chunks": [((0,), (16,), "part", 0, 10)]}, {"chunks": [((8,), (16,), "part", 0, 2000)]},
+    {"chunks": [((0, 0), (16, 1), "part", 0, 2000)]}, {"chunks": [((0,), (16,), "part", 0, 2**70)]},
+])  # fmt: skip
+def test_an_index_that_cannot_be_is_refused(tmp_path, change):
+    path = tmp_path / "step_000001"
+    write_set(path, n_layer=1)
+    state = checkpoint.load(path)
+    state["index"]["tensors"]["model/transformer.ln_f.bias"] |= change
+    checkpoint.save(state, path / "index.pt")
+    with pytest.raises(UserError, match=r"the sharded checkpoint .*step_000001"):
+        checkpoint.load(path, ("model",))
+    for index in ({}, {"tensors": {}}, {"tensors": {}, "tied": {"a": "b"}}, {"tensors": 3, "tied": {}}):
+        checkpoint.save(state | {"index": index}, path / "index.pt")
+        with pytest.raises(UserError, match="is damaged"):
+            checkpoint.load(path)
+
+
+def test_a_set_of_another_model_is_refused(tmp_path):
+    write_set(tmp_path / "step_000001")
+    state = checkpoint.load(tmp_path / "step_000001")
+    for fields, said in (
+        ({"n_embd": 32}, r"model/transformer.wte.weight has the shape \(61, 16\), not \(61, 32\)"),
+        ({"n_layer": 4}, "model/transformer.h.3.ln_1.weight is missing"),
+    ):
+        model = small_model(**fields)
+        with pytest.raises(UserError, match=f"the state in some run does not fit this run: {said}"):
+            checkpoint.set_state(model, adamw(model), state, "some run")
+
+
+def test_merge_writes_a_set_as_one_file(tmp_path, monkeypatch, capsys):
+    model, optimizer = write_set(tmp_path / "run" / "step_000001", **MOE)
+    words = ["checkpoint.py", "--checkpoint", str(tmp_path / "run"), "--merge", str(tmp_path / "one.pt")]
+    monkeypatch.setattr(sys, "argv", words)
+    checkpoint.main()
+    assert "one.pt: " in capsys.readouterr().out
+    merged, state = checkpoint.load(tmp_path / "one.pt"), checkpoint.get_state(model, optimizer)
+    assert merged.keys() == {"format", "config", "step", "tokenizer", "model", "optimizer"}
+    assert equal(merged["model"], state["model"]) and equal(merged["optimizer"]["state"], state["optimizer"]["state"])
+    for change, said in (([], "one.pt exists"), (["--export_hf", "x"], "give one thing to write")):
+        monkeypatch.setattr(sys, "argv", words + change)
+        with pytest.raises(UserError, match=said):
+            checkpoint.main()
+
+
+FULL_DISK_FOR_A_SET = """
+import resource, sys, pathlib, checkpoint
+sys.path.insert(0, "tests")
+from test_checkpoint import adamw, small_model, train_step
+folder, model = pathlib.Path(sys.argv[1]), small_model()
+optimizer = adamw(model)
+train_step(model, optimizer)
+saver = checkpoint.BackgroundSaver(3, lambda error: print("on_error", error.errno))
+for step, limit, background in ((1, -1, True), (2, 50_000, False), (3, 50_000, True), (4, -1, True)):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+    saver.save_shards(model, optimizer, {"step": step}, folder / f"step_00000{step}", background)
+    print(saver.wait())
+"""
+
+
+def test_a_full_disk_leaves_the_older_set_and_no_parts(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", FULL_DISK_FOR_A_SET, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    full = ["on_error 27", "[Errno 27] File too large"]
+    assert result.stdout.splitlines() == ["None", *full, *full, "None"], result.stderr[-3000:]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000001", "step_000004"]
+    assert checkpoint.load_newest(tmp_path, ("model",))[1]["step"] == 4
 
 
 # -- a model from a checkpoint
@@ -673,7 +920,7 @@ def test_other_architectures_are_refused(tmp_path, change, said):
 def test_folders_without_weights_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no folder gpt3 .* or one of gpt2, gpt2-medium"):
         checkpoint.from_pretrained("gpt3")
-    with pytest.raises(UserError, match=r"no checkpoint \(step_\*\.pt\) and no config\.json in the folder"):
+    with pytest.raises(UserError, match=r"no checkpoint \(step_\*\) and no config\.json in the folder"):
         checkpoint.from_pretrained(tmp_path)
     for text in ("{", "[]"):
         (tmp_path / "config.json").write_text(text)

@@ -1,6 +1,7 @@
 """common.py: one line for what cannot be parsed, and the exit codes."""
 
 import io
+import math
 import os
 import platform
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
+import torch
 
 import common
 from common import TEMP_SUFFIX, Fraction, Positive, Rate, UserError, atomic_write, lock
@@ -171,7 +173,7 @@ def test_a_kill_leaves_the_older_file_and_is_no_obstacle(tmp_path):
     assert (tmp_path / "a").read_text() == "new" and os.listdir(tmp_path) == ["a"]
 
 
-def test_a_second_live_writer_is_refused_and_a_dead_one_is_no_obstacle(tmp_path):
+def test_a_second_live_writer_is_refused_and_a_dead_one_is_no_obstacle(tmp_path, monkeypatch):
     path = tmp_path / "log_moe_a_seed_1.txt"
     script = f"from common import lock\nwith lock({str(path)!r}, ''):\n    print('held', flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -179,6 +181,10 @@ def test_a_second_live_writer_is_refused_and_a_dead_one_is_no_obstacle(tmp_path)
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {holder.pid} on .*; wait"), lock(path, "wait"):
         pass
+    with monkeypatch.context() as windows:
+        windows.setattr(Path, "read_text", lambda *_, **__: Path("/nowhere/at/all").read_bytes())
+        with pytest.raises(UserError, match="process unknown; wait"), lock(path, "wait"):
+            pass
     holder.kill()
     holder.wait()
     assert os.path.exists(f"{path}.lock")  # stale
@@ -208,9 +214,9 @@ for name in ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         delattr(signal, name)
 import importlib, pathlib
 
-for path in sorted(pathlib.Path().glob("*.py")):
-    importlib.import_module(path.stem)
-    print(path.stem)
+for path in [*sorted(pathlib.Path().glob("*.py")), *sorted(pathlib.Path("bench").glob("*.py"))]:
+    importlib.import_module(".".join(path.with_suffix("").parts))
+    print(path)
 """
 
 
@@ -218,4 +224,11 @@ for path in sorted(pathlib.Path().glob("*.py")):
 def test_every_file_imports_without_unix():
     done = subprocess.run([sys.executable, "-c", WITHOUT_UNIX], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert {"train_single_gpu", "fineweb", "sweep", "checkpoint", "demo"} <= set(done.stdout.split())
+    files = {str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "bench") for path in folder.glob("*.py")}
+    assert set(done.stdout.split()) == files and len(files) > 25
+
+
+def test_memory_is_known_without_proc(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(Path, "read_text", lambda self: "")  # as where there is no /proc
+    assert 2**27 < common.free_memory(device) <= (math.inf if os.name == "nt" else 2**50)

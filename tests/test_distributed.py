@@ -32,6 +32,7 @@ VARIANTS = {
     "quantile": {"use_quantile_balance": True, "gate": "sigmoid", "n_shared_exp": 1, "shared_expert_hidden": 24},
     "sequence": {"use_aux_loss": True, "balance_scope": "sequence", "use_router_z_loss": True, "z_loss_on": "selected"},
     "frozen": {"freeze_router": True, "first_dense": 1, "use_noisy_top_k": True, "noise_scale": 0.4},
+    "muon": {"optimizer": "muon", "n_shared_exp": 1},  # a dense block and one of experts
     "stability": {"n_exp": 1, "qk_norm": True, "output_z_loss_weight": 1e-2, "mlp_init": "switch"},
 }
 SETTINGS = TINY_RUN | {"n_embd": 16, "B": 2, "max_steps": 9, "val_loss_steps": 3, "progress": "lines"}
@@ -66,16 +67,17 @@ def test_n_processes_make_the_run_of_one(n, alone, shards, tmp_path):
             )
 
 
-def test_a_checkpoint_of_two_ranks_continues_on_one_and_sharded(alone, shards, tmp_path):
-    """2 ranks to step 3, then 1 process, then 2 sharded ranks: the run of one process."""
+def test_a_sharded_checkpoint_continues_on_fewer_ranks_and_on_one(alone, shards, tmp_path):
+    """4 sharded ranks to step 3, 2 sharded ranks to step 6, then 1 process: the run of one process."""
     common = {"data_root": str(shards), "save_checkpoint_every": 3, "use_aux_loss": True, "use_router_z_loss": True,
               "router_use_full_prec": True, "name": "aux", "keep_checkpoints": 9}  # fmt: skip
-    launch(2, tmp_path, [common])
+    launch(4, tmp_path, [common | {"fsdp": True}])
     folder = tmp_path / "aux_test_seed_1337"
-    for n, last, fsdp in ((1, 3, False), (2, 6, True), (1, 6, False)):
+    for n, last, fsdp in ((2, 3, True), (1, 6, False)):
+        assert {path.name for path in folder.glob("step_*")} == {f"step_00000{step}" for step in (3, 6, 9)}
         for path in checkpoint.checkpoints(folder):
             if checkpoint.step_of(path) > last:
-                path.unlink()
+                checkpoint.remove(path)
         (log,) = launch(n, tmp_path, [common | {"resume": "auto", "fsdp": fsdp}]).values()
         assert log["train"][0].tolist() == list(range(9))
         np.testing.assert_allclose(log["train"][1], alone["aux"]["train"][1], rtol=1e-5)
@@ -150,13 +152,16 @@ def test_memory_of_a_sharded_rank_falls_as_one_over_n(n, tmp_path):
 
 
 def test_balance_over_the_step_is_the_loss_of_the_whole_batch(shards, tmp_path):
-    """With --balance_scope step the loads of 2 ranks of B=2 are those of one process of B=4."""
+    """With --balance_scope step the loads of N ranks of B=4/N are those of one process of B=4; two of them per step."""
     common = {"data_root": str(shards), "use_aux_loss": True, "aux_loss_weight": 1.0, "max_steps": 5, "stride": 1,
-              "total_batch_size": 128, "train_capacity": math.inf, "eval_capacity": math.inf}  # fmt: skip
-    (whole,) = launch(1, tmp_path, [common | {"name": "whole", "B": 4}]).values()
-    two = launch(2, tmp_path, [common | {"name": "step", "balance_scope": "step"}, common | {"name": "local"}])
+              "train_capacity": math.inf, "eval_capacity": math.inf}  # fmt: skip
+    step = common | {"balance_scope": "step"}
+    (whole,) = launch(1, tmp_path, [step | {"name": "whole", "B": 4}]).values()
+    two = launch(2, tmp_path, [step | {"name": "two", "B": 2}, common | {"name": "local", "B": 2}])
+    (four,) = launch(4, tmp_path, [step | {"name": "four", "B": 1}]).values()
     for stream in ("train", "aux_loss", "grad_norm"):
-        np.testing.assert_allclose(two["step"][stream][1], whole[stream][1], rtol=1e-4, err_msg=stream)
+        for streams in (two["two"], four):
+            np.testing.assert_allclose(streams[stream][1], whole[stream][1], rtol=1e-4, err_msg=stream)
     assert np.abs(two["local"]["aux_loss"][1] - whole["aux_loss"][1]).max() > 1e-3
 
 

@@ -418,13 +418,6 @@ def test_the_command_writes_model_tokenizer_and_card(tmp_path, n_exp):
     assert tokenizer("Hello world<|endoftext|>")["input_ids"] == [15496, 995, 50256]
     assert tokenizer.decode([15496, 995]) == "Hello world" and tokenizer.model_max_length == 24
     assert theirs.generation_config.suppress_tokens == list(range(50257, 50304))
-    for checkpoint_path, folder, said in (
-        (tmp_path / "run", tmp_path / "run", "is not empty and not an earlier export: give a new folder"),
-        (tmp_path / "out" / "model.safetensors", tmp_path / "new", "is not a checkpoint of this project"),
-    ):
-        result = run_script("--checkpoint", checkpoint_path, "--export_hf", folder)
-        assert result.returncode == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "new").exists()
 
 
 def test_the_card_of_a_run_has_its_losses_data_and_settings(train, tmp_path):

@@ -14,9 +14,9 @@ import torch
 from conftest import TINY_RUN, flags, lines
 
 import checkpoint
+import checks
 import common
 import identity
-import logger
 import runlog
 import train_single_gpu as trainer
 from common import UserError
@@ -166,6 +166,15 @@ def test_resume_auto_takes_no_variant_with_a_longer_name(train):
     assert streams["train"][0].tolist() == list(range(6))
 
 
+def test_resume_auto_passes_over_a_start_that_was_refused(train):
+    train(name="moe", run_id="20250101", max_steps=4)
+    with pytest.raises(UserError, match="nowhere"):
+        train(name="moe", run_id="20250102", data_root="nowhere")
+    assert Path("checkpoints/moe_20250102_seed_1337").is_dir()
+    _, streams = train(name="moe", run_id="", max_steps=6, resume="auto")
+    assert streams["train"][0].tolist() == list(range(6))
+
+
 @pytest.mark.slow
 def test_two_logs_folders_do_not_share_checkpoints(shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -220,9 +229,20 @@ def test_a_branch_is_a_run_of_its_own(train):
     _, streams = train(name="a", max_steps=6, max_lr=1e-4, resume=path, run_id="fork")
     assert streams["train"][0].tolist() == [3, 4, 5]
     record = json.loads(log_of(run_id="fork").with_suffix(".json").read_text())
-    assert record["settings"]["parent"] == record_of()["identity"] + "@3" and record["settings"]["max_lr"] == 1e-4
+    parent = identity.identity(record_of()["settings"], without=identity.SEEDS)
+    assert record["settings"]["parent"] == f"{parent}@3" and record["settings"]["max_lr"] == 1e-4
     train(name="a", max_steps=8, max_lr=1e-4, resume="auto", run_id="fork")
     assert runlog.read(log_of(run_id="fork"))["train"][0].tolist() == [3, 4, 5, 6, 7]
+
+
+def test_branches_of_several_seeds_are_one_group(train):
+    for seed in (1, 2):
+        train(name="a", n_exp=1, seed=seed, data_seed=seed, max_steps=2)
+        path = f"checkpoints/a_test_seed_{seed}/step_000002.pt"
+        train(name="a", n_exp=1, seed=seed, data_seed=seed, max_steps=3, resume=path, run_id="fork")
+    train(name="a", n_exp=1, seed=3, data_seed=2, max_steps=3, resume=path, run_id="other")  # parent's seed is 2
+    groups = [[(run.run_id, run.seed) for run in group] for group in runlog.group(runlog.load_runs("logs"))]
+    assert sorted(map(sorted, groups)) == [[("fork", 1), ("fork", 2)], [("other", 3)], [("test", 1), ("test", 2)]]
 
 
 def test_eval_only_evaluates_the_run_it_is_told_to(train, shards, capsys):
@@ -250,6 +270,20 @@ def test_shape_flags_that_the_weights_contradict_are_refused(train):
     train(name="source", max_steps=1)
     with pytest.raises(UserError, match="n_layer 3"):
         train(name="a", init_from="checkpoints/source_test_seed_1337", n_layer=3)
+
+
+def test_settings_of_experts_are_checked_against_the_shape_of_the_weights(train):
+    """Not against that of the flags: 3 does not divide 4 x 32, and 4 x 36 it does; 2 layers are not 12."""
+    shape = {name: getattr(trainer.Args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
+    for width in (32, 36):
+        train(name=f"source{width}", n_exp=1, n_embd=width, max_steps=1)
+    upcycled = shape | {"n_exp": 6, "top_k": 3, "max_steps": 1}
+    train(name="a", init_from="checkpoints/source36_test_seed_1337", expert_hidden="iso", **upcycled)
+    for wrong, said in (({"expert_hidden": "iso"}, "= 128 / 3"), ({"first_dense": 2}, "first_dense 2 of n_layer 2")):
+        with pytest.raises(UserError, match=said):
+            train(name="b", init_from="checkpoints/source32_test_seed_1337", **upcycled | wrong)
+    with pytest.raises(UserError, match="GB are free"):
+        train(name="b", init_from="checkpoints/source32_test_seed_1337", **upcycled | {"n_exp": 10**8})
 
 
 def test_the_record_tells_the_shape_of_the_weights(train, shards, tmp_path):
@@ -385,12 +419,12 @@ def test_wrong_settings_are_one_line_and_leave_nothing(wrong, said, train):
 
 @pytest.mark.parametrize("wrong", [{"n_embd": 100, "n_head": 2}, {"expert_hidden": 100}])
 def test_widths_that_cuda_cannot_read_are_refused(wrong):
-    args = trainer.Args(**TINY_RUN | {"n_exp": 4} | wrong)
+    config = checks.model_config(trainer.Args(**TINY_RUN | {"n_exp": 4} | wrong))
     on_cuda = common.Machine(torch.device("cuda"), torch.bfloat16, 0, 1, False)
     with pytest.raises(UserError, match="100 is not a multiple of 8"):
-        trainer.check_widths(args, on_cuda)
-    trainer.check_widths(args, on_cuda._replace(device=torch.device("cpu")))
-    trainer.check_widths(args, on_cuda._replace(dtype=torch.float32))
+        checks.check_widths(config, on_cuda)
+    checks.check_widths(config, on_cuda._replace(device=torch.device("cpu")))
+    checks.check_widths(config, on_cuda._replace(dtype=torch.float32))
 
 
 def test_weights_without_qk_norm_are_not_read_into_a_model_with_it(train):
@@ -418,7 +452,7 @@ def test_parameters_are_counted_without_building_the_model():
     }
     for settings in ({}, {"n_exp": 4}, tricks, {"n_exp": 4, "bias": False}, narrow, shared):
         config = GPTConfig(n_layer=3, n_embd=16, n_head=2, block_size=8, vocab_size=50, **settings)
-        assert logger.count_params(config) == sum(p.numel() for p in GPT(config).parameters())
+        assert checks.count_params(config)[0] == sum(p.numel() for p in GPT(config).parameters())
 
 
 def test_ctrl_c_while_torch_is_imported():

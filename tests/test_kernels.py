@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from bench import moe as bench_moe
 from bench import timing
+from model import GPT, GPTConfig
 
 # -- references
 
@@ -48,6 +50,17 @@ def loop_over_experts(x_ND, weight_EDF, bias_EF, ends_E):
     ])  # fmt: skip
 
 
+def experts_by_loop(x_TD, expert_TK, gate_TK, fc, fc_bias, proj, proj_bias):
+    """One token and one choice at a time, torch's own GELU."""
+    out = []
+    for x, experts, gates in zip(x_TD, expert_TK, gate_TK, strict=True):
+        hidden = [x @ fc[e] + (0 if fc_bias is None else fc_bias[e]) for e in experts]
+        hidden = [F.gelu(h, approximate="tanh") for h in hidden]
+        rows = [h @ proj[e] + (0 if proj_bias is None else proj_bias[e]) for h, e in zip(hidden, experts, strict=True)]
+        out.append(sum(gate * row for gate, row in zip(gates, rows, strict=True)))
+    return torch.stack(out)
+
+
 # -- cross-entropy
 
 
@@ -76,6 +89,30 @@ def test_chunked_cross_entropy(rows_per_chunk, ignored, monkeypatch):
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
     assert (results[0][4][targets < 0] == 0).all()
+
+
+@pytest.mark.slow
+def test_compiled_cross_entropy(monkeypatch):
+    """It takes the gradient of the logits by comparison, not by a scatter: losses and gradients are the same."""
+    monkeypatch.setitem(kernels.LOGITS_PER_CHUNK, "cpu", 32 * 50)
+    h, weight, targets = random_loss_inputs()
+    loss_of, results = kernels.linear_cross_entropy_with_z_loss, []
+    for loss in (loss_of, torch.compile(loss_of, backend="aot_eager", fullgraph=True)):
+        h_, weight_ = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        losses = loss(h_, weight_, targets, 0.1)
+        losses[0].backward()
+        results.append([*losses, h_.grad, weight_.grad])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("n_rows, rows", [(1, 128), (2048, 1024), (8192, 1664), (16384, 1920), (2049, 1152)])
+def test_large_chunks_have_a_multiple_of_128_rows_and_are_below_32_mb(n_rows, rows):
+    assert kernels.chunk_rows(torch.empty(n_rows, 1), torch.empty(4096, 1)) == rows
+    assert 4 * rows * 4096 < 2**25
+
+
+def test_chunks_of_a_large_vocabulary_have_equal_size():
+    assert kernels.chunk_rows(torch.empty(1024, 1), torch.empty(50304, 1)) == 147
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -117,21 +154,41 @@ def test_sort_by_expert(T, K, E):
 def test_dispatch_and_combine(T, K, E):
     _, plan = random_plan(T, K, E)
     generator = torch.Generator().manual_seed(1)
-    shapes = ((T, 6), (T * K, 6), (T, K), (T * K, 6), (T, 6))
-    x, y, gate, grad_rows, grad_out = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    ways = (
-        (lambda x: kernels.Dispatch.apply(x, plan.row_N, plan.pair_N),
-         lambda y, gate: kernels.Combine.apply(y, gate, plan.row_N, plan.pair_N)),
-        (lambda x: dispatch_by_index(x, plan), lambda y, gate: combine_by_loop(y, gate, plan)),
-    )  # fmt: skip
+    shapes = ((T, 6), (T * K, 6), (T, K))
+    x, y, gate = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    assert torch.equal(kernels.dispatch(x, plan.pair_N), dispatch_by_index(x, plan))
+    for ours, gates in (
+        (kernels.combine(y, gate, plan.row_N), gate), (kernels.sum_rows(y, plan.row_N, T), torch.ones(T, K))
+    ):  # fmt: skip
+        torch.testing.assert_close(ours, combine_by_loop(y, gates.double(), plan), rtol=1e-12, atol=1e-12)
+
+
+# -- GELU
+
+
+@pytest.mark.parametrize("shape", [(3,), (300, 1000)])  # the second: more than two parts, the last not full
+def test_gelu(shape):
+    x = 3 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     results = []
-    for dispatch, combine in ways:
-        x_, y_, gate_ = (t.clone().requires_grad_() for t in (x, y, gate))
-        rows, out = dispatch(x_), combine(y_, gate_)
-        torch.autograd.backward([rows, out], [grad_rows, grad_out])
-        results.append((rows, out, x_.grad, y_.grad, gate_.grad))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for gelu in (kernels.Gelu.apply, lambda x: F.gelu(x, approximate="tanh")):
+        x_ = x.clone().requires_grad_()
+        y = gelu(x_)
+        y.backward(x.flip(0))
+        results.append((y.detach(), x_.grad))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
+    assert torch.equal(kernels.gelu_forward(x.t() if x.dim() == 2 else x), results[0][0].t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_has_the_precision_of_its_type(dtype):
+    x = torch.tensor([-100.0, -9.0, -3.0, -0.75, -1e-4, 0.0, 1e-4, 0.75, 3.0, 9.0, 100.0, 3e38], dtype=dtype)
+    exact = F.gelu(x.double(), approximate="tanh")
+    torch.testing.assert_close(
+        kernels.gelu_forward(x).double(),
+        exact,
+        rtol=4 * torch.finfo(dtype).eps,
+        atol=1e-3 * torch.finfo(dtype).eps ** 0.5,
+    )
 
 
 # -- the linear layer of each expert
@@ -162,30 +219,62 @@ def assert_close_in_norm(ours, exact, tolerance):
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_grouped_linear(dtype, tolerance, with_bias, D, H, counts):
-    *tensors, grad, ends = linear_inputs(counts, D, H, dtype)
-    tensors = tensors if with_bias else tensors[:2]
-    results = []
-    for layer, cast in ((kernels.grouped_linear, dtype), (loop_over_experts, torch.float64)):
-        leaves = [t.to(cast, copy=True).requires_grad_() for t in tensors]
-        y = layer(*leaves, *([] if with_bias else [None]), ends)
-        y.backward(grad.to(cast))
-        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    assert all(part.dtype == dtype for part in results[0])
-    assert_close_in_norm(*results, tolerance)
+    check_grouped_linear(dtype, tolerance, with_bias, D, H, counts)
 
 
 @pytest.mark.parametrize("counts", ROW_COUNTS)
-def test_bias_after_grouped_mm(counts):
-    """AddExpertBias, which CUDA uses in bf16, is a linear layer whose weights are the identity."""
-    y, _, bias, grad, ends = linear_inputs(counts, 24, 24, torch.float64)
-    identity = torch.eye(24, dtype=torch.float64).expand(8, 24, 24)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_grouped_linear_as_on_cuda(dtype, tolerance, with_bias, counts, monkeypatch):
+    """F.grouped_mm, which also runs on the CPU."""
+    monkeypatch.setattr(kernels, "uses_grouped_mm", lambda x_ND: True)
+    check_grouped_linear(dtype, tolerance, with_bias, 16, 24, counts)
+
+
+def check_grouped_linear(dtype, tolerance, with_bias, D, H, counts):
+    """Outputs and gradients, that of x by the transposed weights."""
+    x, weight, bias, grad, ends = linear_inputs(counts, D, H, dtype)
+    bias = bias if with_bias else None
+    ours = [kernels.grouped_linear(x, weight, bias, ends), *kernels.grouped_weight_grads(x, grad, ends),
+            kernels.grouped_linear(grad, weight.transpose(1, 2), None, ends)]  # fmt: skip
+    leaves = [t.double().requires_grad_() for t in (x, weight, *([bias] if with_bias else []))]
+    y = loop_over_experts(*leaves, *([] if with_bias else [None]), ends)
+    grad_x, grad_w, *grad_b = torch.autograd.grad(y, leaves, grad.double())
+    assert all(part.dtype == dtype for part in ours)
+    ours = [part for i, part in enumerate(ours) if with_bias or i != 2]
+    assert_close_in_norm(ours, [y.detach(), grad_w, *grad_b, grad_x], tolerance)
+
+
+@pytest.mark.parametrize("T, K, E", [(1, 1, 1), (37, 3, 5), (20, 4, 4)])
+@pytest.mark.parametrize("biases", ["both", "neither"])
+def test_expert_mlps(T, K, E, biases):
+    """Outputs and all gradients; the gate of the last token is 0, as that of a pair over capacity."""
+    expert_TK, plan = random_plan(T, K, E)
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((T, 6), (T, K), (E, 6, 10), (E, 10), (E, 10, 6), (E, 6))
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    tensors[1][-1] = 0
+    if biases == "neither":
+        tensors[3] = tensors[5] = None
+    grad = torch.randn(T, 6, generator=generator, dtype=torch.float64)
     results = []
-    for add in (kernels.AddExpertBias.apply, lambda y, bias, ends: loop_over_experts(y, identity, bias, ends)):
-        leaves = [t.clone().requires_grad_() for t in (y, bias)]
-        out = add(*leaves, ends)
+    for run in (
+        lambda x, *more: kernels.ExpertMLPs.apply(x, expert_TK, *more, plan.row_N, plan.pair_N, plan.ends_E),
+        lambda x, *more: experts_by_loop(x, expert_TK, *more),
+    ):
+        leaves = [t if t is None else t.clone().requires_grad_() for t in tensors]
+        out = run(*leaves)
         out.backward(grad)
-        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-    assert_close_in_norm(*results, 1e-12)
+        results.append([out.detach(), *(leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None)])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_moe_layer_keeps_few_bytes_for_backward(dtype):
+    """In units of the input's bytes: 4 K = 8 for the pre-activations, 1 for the input, the rest per token or pair."""
+    layer = GPT(GPTConfig(n_exp=8, n_layer=1, n_embd=192, n_head=1, vocab_size=1, block_size=1)).transformer.h[0].mlp
+    (ours,) = (i for i in bench_moe.implementations(layer, dtype) if (i.part, i.name) == ("layer", "ours"))
+    assert 9 < bench_moe.kept_units(ours, dtype, bench_moe.new_inputs(layer, 64, dtype, 0)) < 10
 
 
 def test_products_of_bfloat16_rows_have_few_shapes():

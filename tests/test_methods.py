@@ -12,9 +12,9 @@ from conftest import TINY_RUN, lines
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import checkpoint
+import checks
 import common
 import kernels
-import logger
 import runlog
 import sample
 import train_single_gpu as trainer
@@ -334,7 +334,7 @@ def test_parameters_active_parameters_and_flops_by_hand(settings, total, active)
     with torch.device("meta"):
         model = GPT(GPTConfig(**settings))
     assert (model.num_params(), model.num_active_params()) == (total, active)
-    assert logger.count_params(model.config) == total + 1024 * 768
+    assert checks.count_params(model.config)[0] == total + 1024 * 768
     assert model.estimate_flops_per_token(1024) == 6 * active + 113_246_208  # 12 layers * 12 * 768 * 1024
 
 
@@ -353,7 +353,7 @@ def test_needed_memory_is_no_more_than_what_backward_keeps(method):
         out = model(torch.zeros(4, 32, dtype=torch.long), torch.zeros(4, 32, dtype=torch.long))
     args = trainer.Args(**TINY_RUN | {"B": 4, "T": 32, "n_embd": 64})
     machine = types.SimpleNamespace(dtype=torch.float32, world_size=1)
-    needed = logger.needed_bytes(args, model.config, machine)
+    needed = checks.needed_bytes(args, model.config, machine)
     assert needed["parameters"] == needed["gradients"] == 4 * sum(p.numel() for p in model.parameters())
     assert 0.3 * sum(kept.values()) < needed["activations"] <= sum(kept.values())
     assert out.loss.isfinite()

@@ -1,10 +1,11 @@
-"""muon.py: Muon against its formula with an exact SVD and against torch's, AdamW for the rest, resume, ranks, bench."""
+"""muon.py: Muon against its formula with an exact SVD and against torch's, AdamW for the rest, resume, bench.
+
+test_distributed.py trains with it on 1, 2 and 4 ranks.
+"""
 
 import copy
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,6 @@ from common import UserError
 from model import GPT, GPTConfig
 from muon import COEFFICIENTS, STEPS, Muon, muon_groups, newton_schulz
 
-ROOT = Path(__file__).parent.parent
 SMALL = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 16}
 MOE = {"n_exp": 4, "n_shared_exp": 1, "use_noisy_top_k": True, "use_bias_balance": True, "train_capacity": float("inf")}
 SETTINGS = {"dense": {}, "moe": MOE, "no_bias": {**MOE, "bias": False}}
@@ -253,48 +253,6 @@ def test_the_state_of_adamw_is_refused():
     train_step(model, adamw)
     with pytest.raises(UserError, match=r"optimizer transformer.h.0.* momentum_buffer is missing"):
         checkpoint.set_state(model, muon_of(model), checkpoint.get_state(model, adamw), "x")
-
-
-RANKS = """
-import sys; sys.path[:0] = sys.argv[1:3]
-import torch, torch.distributed as dist, common
-from test_muon import RANK_FIELDS, muon_of, small_model, tokens
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank, n = dist.get_rank(), dist.get_world_size()
-for name, fields in RANK_FIELDS.items():
-    model = small_model(**fields)
-    parallel = torch.nn.parallel.DistributedDataParallel(model)
-    optimizer = muon_of(model)
-    for step in range(5):
-        idx = tokens(step, rows=4)[rank::n]
-        parallel(idx, idx).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    torch.save(model.state_dict(), f"{sys.argv[3]}/{name}_{n}_{rank}.pt")
-dist.destroy_process_group()
-common.exit_now(0)
-"""
-RANK_FIELDS = {"dense": {}, "moe": {"n_exp": 4, "train_capacity": float("inf")}}
-
-
-@pytest.mark.slow
-def test_ranks_make_the_weights_of_one_process(tmp_path):
-    """The same on both ranks, bit for bit; those of one process but for the order of its sums."""
-    (tmp_path / "ranks.py").write_text(RANKS)
-    for n in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}",
-                   str(tmp_path / "ranks.py"), str(ROOT), str(ROOT / "tests"), str(tmp_path)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-    for name, fields in RANK_FIELDS.items():
-        paths = [tmp_path / f"{name}_{which}.pt" for which in ("1_0", "2_0", "2_1")]
-        alone, first, second = (torch.load(path, weights_only=True) for path in paths)
-        torch.testing.assert_close(first, second, rtol=0, atol=0)
-        torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-5)
-        moved = alone["transformer.h.0.attn.c_proj.weight"] - small_model(**fields).transformer.h[0].attn.c_proj.weight
-        assert moved.abs().max() > 1e-2
 
 
 # -- bench

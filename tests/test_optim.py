@@ -11,6 +11,8 @@ import torch
 from conftest import lines
 
 import checkpoint
+import checks
+import common
 import optim
 import runlog
 import train_single_gpu as trainer
@@ -55,6 +57,7 @@ def test_a_run_of_fixed_minutes_ends_by_the_clock_and_keeps_it_on_resume(train):
     hours = streams["hours"][1]
     assert code == 0 and hours[-2] * 60 < 0.02 + 0.01 and len(streams["train"][0]) < 100_000
     assert streams["val"][0][-1] == streams["train"][0][-1] + 1  # the last validation is at the end
+    assert streams["load_0_3"][0][-1] == streams["max_vio_0"][0][-1] == streams["train"][0][-1]
     assert streams["lr"][1][-1] < 0.5 * max(streams["lr"][1])
     code, again = train(**settings | {"resume": "auto", "max_minutes": 0.03})
     assert code == 0 and again["hours"][1][len(hours) - 1] == hours[-1] < again["hours"][1][-1]
@@ -90,6 +93,23 @@ def test_one_stable_run_decays_from_two_of_its_checkpoints(train):
 def test_settings_that_contradict_each_other(wrong, said, train):
     with pytest.raises(UserError, match=said):
         train(**wrong)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"n_exp": 4, "n_shared_exp": 2, "use_noisy_top_k": True}, {"n_exp": 4, "bias": False}], ids=str
+)
+def test_the_memory_of_the_optimizer_is_estimated_by_its_moments(fields, optimizer):
+    model = GPT(GPTConfig(n_layer=3, n_head=2, n_embd=16, block_size=8, vocab_size=32, **fields))
+    args = trainer.Args(optimizer=optimizer)
+    built = optim.build_optimizer(model, args)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    built.step()
+    moments = [tensor for state in built.state.values() for name, tensor in state.items() if name != "step"]
+    machine = common.Machine(torch.device("cpu"), torch.float32, 0, 1, False)
+    needed = checks.needed_bytes(args, model.config, machine)["optimizer"]
+    assert needed == sum(tensor.nbytes for tensor in moments) > 0
 
 
 def test_groups_hold_every_parameter_once_and_the_router_apart_where_it_differs():

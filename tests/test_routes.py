@@ -282,43 +282,6 @@ def test_tables_survive_tokens_that_are_separators(main, tmp_path):
     assert all(int(row["count"]) >= 5 for row in rows)
 
 
-def test_wrong_inputs_exit_2_and_write_nothing(main, tmp_path, capsys):
-    run = ["--checkpoint", str(save(tmp_path / "run"))]
-    for name, settings in {"dense": {"n_exp": 1}, "more": {"n_exp": 4}, "gpt2": {"vocab_size": 50257}}.items():
-        save(tmp_path / name, tokenizer="gpt2" if name == "gpt2" else "bytes", **settings)
-    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "foreign.pt").write_bytes(b"hello")
-    torch.save({"format": 99}, tmp_path / "newer.pt")
-    for i in range(51):
-        (tmp_path / "many").mkdir(exist_ok=True)
-        (tmp_path / "many" / f"{i}.txt").write_text("x")
-    out, before = tmp_path / "out", None
-    table = [
-        (["--checkpoint", tmp_path / "dense"], "is a dense model"),
-        (["--checkpoint", tmp_path / "absent"], "absent"),
-        (["--checkpoint", tmp_path / "foreign.pt"], "foreign.pt is not a checkpoint of this project"),
-        (["--checkpoint", tmp_path / "newer.pt"], "written by a newer version"),
-        ([*run, "--against", tmp_path / "dense"], "dense is a dense model"),
-        ([*run, "--against", tmp_path / "more"], "top 2 of 8, tokenizer bytes; --against has"),
-        ([*run, "--against", tmp_path / "gpt2"], "tokenizer gpt2"),
-        ([*run, "--text", tmp_path / "latin1.txt"], "latin1.txt is not UTF-8"),
-        ([*run, "--text", tmp_path / "empty.txt"], "the text has no tokens"),
-        ([*run, "--text", tmp_path / "absent.txt"], "absent.txt cannot be read"),
-        ([*run, "--text", tmp_path / "run"], "--text gives 0 text files"),
-        ([*run, "--text", tmp_path / "many"], "--text gives 51 text files"),
-        ([*run, "--out", tmp_path / "empty.txt"], "choose another --out"),
-        ([*run, "--max_tokens", 0], "--max_tokens must be at least 50"),
-        ([*run, "--device", "abacus"], "--device abacus"),
-    ]
-    before = sorted(tmp_path.rglob("*"))
-    for flags, said in table:
-        with pytest.raises(UserError) as error:
-            main(*([] if "--out" in flags else ["--out", out]), *flags)
-        assert said in str(error.value), f"{flags}: {error.value}"
-        assert capsys.readouterr().out == "" and sorted(tmp_path.rglob("*")) == before
-
-
 @pytest.mark.slow
 def test_an_error_of_the_script_is_one_line_and_exit_code_2(tmp_path):
     command = [sys.executable, "routes.py", "--checkpoint", save(tmp_path / "run", n_exp=1), "--out", tmp_path / "out"]

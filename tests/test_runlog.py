@@ -303,11 +303,3 @@ def test_the_table_prints_where_the_terminal_is_ascii(tmp_path):
         write_log(tmp_path / f"log_moe_a_seed_{seed}.txt")
     code, out, errors = call("runlog", tmp_path, encoding="ascii")
     assert code == 0 and "3.0000 +- 0.0000" in out, errors
-
-
-@pytest.mark.parametrize("where", ["file", "file/deep"])
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, where):
-    write_log(tmp_path / "log_moe_a_seed_1.txt")
-    (tmp_path / "file").write_text("")
-    code, _, errors = call("runlog", tmp_path, "--thin", tmp_path / where)
-    assert code == 2 and errors.count("\n") == 1 and "--thin" in errors, errors

@@ -140,6 +140,12 @@ def test_draws_follow_a_plain_implementation(temperature, top_k, top_p):
     assert (found[expected > 0.001] > 0).all()
 
 
+def test_draws_are_those_of_multinomial():
+    logits = torch.randn(50, 12, generator=seeded(2)) * 3
+    expected = torch.multinomial(torch.softmax(logits, dim=-1), 1, generator=seeded(3))[:, 0]
+    assert torch.equal(sample.sample_next(logits, generator=seeded(3)), expected)
+
+
 def test_rows_are_filtered_each_by_itself():
     logits = torch.tensor([[0.0, 5.0, 0.0], [5.0, 0.0, 0.0], [0.0, 0.0, 5.0]])
     for settings in ({"top_k": 1}, {"top_p": 0.5}, {"temperature": 0}, {"temperature": 1e-30}, {"temperature": 1e-320},
@@ -181,6 +187,16 @@ def test_it_ends_when_every_row_has_reached_end_of_text():
     first = min(ends)
     assert torch.equal(out[:, : first + 1], plain[:, : first + 1])
     assert sample.generate(model, torch.tensor([[eot]]), 3, temperature=0, eot=eot).shape[1] > 1  # eot as a prompt
+
+
+def test_looking_at_every_16th_token_gives_the_same_tokens_and_more_after_the_end():
+    settings = {"temperature": 2.0, "eot": 7}
+    each, some = (
+        torch.stack(list(sample.stream(small_model(), PROMPT, 100, generator=seeded(), check_every=n, **settings)))
+        for n in (1, 16)
+    )
+    assert len(each) % 16 and len(some) % 16 == 0 and len(some) - len(each) < 16
+    assert torch.equal(some[: len(each)], each) and (some[len(each) :] == 7).all()
 
 
 def test_no_tokens_and_wrong_settings():
@@ -237,6 +253,15 @@ def test_autocast_reaches_the_cache_and_the_logits():
         logits = sample.next_logits(model, PROMPT, cache)
         assert logits.dtype == cache.keys[0].dtype == torch.bfloat16
         assert sample.generate(model, PROMPT, 30, generator=seeded()).shape == (2, 35)
+
+
+def test_bfloat16_on_cuda_where_the_grouped_products_can_read_the_rows():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for fields, whole in (({}, True), ({"n_embd": 20}, True), ({"n_exp": 4}, True), ({"n_exp": 4, "n_embd": 20}, False),
+                          ({"n_exp": 4, "expert_hidden": 12}, False)):  # fmt: skip
+        config = GPTConfig(**SMALL | fields)
+        assert sample.inference_dtype(cuda, config) == (torch.bfloat16 if whole else torch.float32)
+        assert sample.inference_dtype(cpu, config) == torch.float32
 
 
 WORKER = """
@@ -373,46 +398,6 @@ def test_the_script_takes_a_file_longer_than_the_window(run_folder, tmp_path):
     assert result.returncode == 0
     assert result.stdout.startswith(b"in a file, longer than the window ?")
     assert b"of the prompt's 37 tokens the model sees the last 16" in result.stderr
-
-
-def test_wrong_inputs_exit_2_and_name_the_fix(main, run_folder, tmp_path, capsys):
-    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
-    (tmp_path / "foreign.pt").write_bytes(b"hello")
-    for name, config in (("alien", {"tokenizer": "klingon"}), ("narrow", {"tokenizer": "gpt2"})):
-        checkpoint.save({**checkpoint.load(run_folder / "step_000001.pt"), **config}, tmp_path / f"{name}.pt")
-    run = ["--checkpoint", str(run_folder)]
-    table = [
-        ([], "give one model"),
-        ([*run, "--init_from", "gpt2"], "give one model"),
-        (["--checkpoint", str(tmp_path / "absent.pt")], "absent.pt"),
-        (["--checkpoint", str(tmp_path)], "no checkpoint"),
-        (["--checkpoint", str(tmp_path / "foreign.pt")], "foreign.pt is not a checkpoint of this project"),
-        (["--checkpoint", str(tmp_path / "alien.pt")], "klingon"),
-        (["--checkpoint", str(tmp_path / "narrow.pt")], "320 tokens, its tokenizer gpt2"),
-        (["--init_from", "gpt9"], "no folder gpt9"),
-        ([*run, "--prompt", "a", "--prompt_file", "b"], "give one prompt"),
-        ([*run, "--prompt_file", str(tmp_path / "absent.txt")], "absent.txt"),
-        ([*run, "--prompt_file", str(tmp_path / "latin1.txt")], "not UTF-8"),
-        ([*run, "--prompt_file", str(tmp_path)], "cannot read --prompt_file"),
-        ([*run, "--temperature", "-0.1"], "temperature must be"),
-        ([*run, "--temperature", "nan"], "temperature must be"),
-        ([*run, "--top_k", "0"], "top_k must be"),
-        ([*run, "--top_p", "0"], "top_p must be"),
-        ([*run, "--top_p", "1.01"], "top_p must be"),
-        ([*run, "--num_samples", "0"], "num_samples"),
-        ([*run, "--num_samples", "9" * 400], "MiB are free: set --num_samples to"),
-        ([*run, "--max_new_tokens", "-1"], "max_new_tokens"),
-        ([*run, "--seed", "-1"], "seed"),
-        ([*run, "--device", "abacus"], "--device abacus"),
-    ]
-    for flags, said in table:
-        with pytest.raises(UserError) as error:
-            main(*flags)
-        assert said in str(error.value), f"{flags}: {error.value}"
-        assert capsys.readouterr().out == ""
-    result = script(*run, "--temperature", "warm")
-    assert result.returncode == 2
-    assert b"--temperature" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_killed_and_resumed_is_the_run_left_alone(tmp_path):
-    """Two kills; `python tests/kill_and_resume.py --kills 20` for more, with its output in results/survival.json."""
+    """Two kills; `python tests/kill_and_resume.py --kills 100` for more, with its output in results/survival.json."""
     assert torture(tmp_path, 2, random.Random(1))["kills"] == 2
 
 

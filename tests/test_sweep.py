@@ -210,47 +210,9 @@ def test_dry_run(call, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--", "--B", "0"], "--B must be at least 1"),
-        (["--variants", "moe"], "no variant 'moe'"),
-        (["--variants"], "--variants names no variant"),
-        (["--seeds"], "--seeds names no seed"),
-        (["--", "--use_noisy_top_k"], "are the same run with these flags"),
-        (["--jobs", "0"], "--jobs must be at least 1"),
-        (["--jobs", "1", "--gpus", "0"], "leave out one of them"),
-        (["--gpus", "99"], "--gpus 99 is not available"),
-        (["--gpus", "-1"], "--gpus"),
-        (["--run_id", "a_b"], "--run_id"),
-        (["--tok_per_sec", "-5"], "--tok_per_sec must be above 0"),
-        (["--cluster", "local"], "give --slurm too"),
-        (["--", "--run_id", "x"], "--run_id after `--`: sweep.py sets it for each run; pass --run_id before"),
-        (["--", "--seed=5"], "pass --seeds before `--`"),
-        (["--", "--resume", "auto"], "--resume after `--`"),
-        (["--max_steps", "5"], "--max_steps is a setting of the trainer: put it after `--`"),
-        (["--no-use-compile"], "--use_compile is a setting of the trainer"),
-        (["--frobnicate"], "see sweep.py --help"),
-        (["--slurm", "partition"], "write it as partition=gpu"),
-        (["--slurm", "partition=a,time=soon"], "time 'soon' is none of minutes"),
-    ],
-)
-@pytest.mark.slow
-def test_refused(call, tmp_path, argv, message):
-    assert message in call(*argv)[1]
-    assert not list(tmp_path.glob("logs/log_*"))
-
-
 def test_help_lists_the_variants_and_the_double_dash(tmp_path):
     out = start(tmp_path, "--help").communicate()[0]
     assert all(name in out for name in sweep.VARIANTS) and "What follows `--`" in out
-
-
-@pytest.mark.slow
-def test_an_unknown_train_flag_is_refused_in_the_trainers_words(tmp_path):
-    process = start(tmp_path, "--", "--max_step", "5")
-    assert "did you mean --max-steps? (see train_single_gpu.py --help)" in process.communicate()[1]
-    assert process.returncode == 2 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
 from common import UserError
 from tokenizer import CUT, get_tokenizer, gpt2_files, packaged_encoding, token_bytes
@@ -39,6 +40,39 @@ def test_fast_split_equals_the_published_pattern(gpt2):
     for _ in range(30_000):
         text = "".join(draw.choices(ALPHABET, k=draw.randrange(24)))
         assert gpt2.encode_ordinary(text) == gpt2.plain.encode_ordinary(text), repr(text)
+
+
+PARTS = (
+    lambda draw: draw.choice(SPACES) * draw.randrange(1, 6),
+    lambda draw: "".join(draw.choices(SPACES, k=draw.randrange(1, 6))),
+    lambda draw: draw.choice(["'s", "'ll", "'VE", "'re", "\u2019t", "n't", "'", "''d", "'ſ"]),
+    lambda draw: str(draw.randrange(10 ** draw.randrange(1, 9))),
+    lambda draw: draw.choice(
+        ["١٢", "½", "Ⅷ", "𝟘", "e\u0301", "👩‍👩‍👧‍👦", "🇳🇱", "👍🏽", "❤️", "ﷺ", "한국", "क्षि", "\u202eabc"]
+    ),
+    lambda draw: "".join(draw.choices("abcdefgh .,-_=(){}<>|\n", k=draw.randrange(1, 9))),
+    lambda draw: "".join(map(random_character, [draw] * draw.randrange(1, 4))),
+)
+SPACES = " \t\n\r\x0b\x0c\x1c\x85\xa0\u1680\u2003\u2028\u2029\u202f\u205f\u3000\u200b\ufeff"
+
+
+def random_character(draw):
+    """A character of any of the 17 planes, each as often as the others; no surrogate."""
+    code = draw.randrange(17) * 0x10000 + draw.randrange(0x10000)
+    return chr(code if not 0xD800 <= code < 0xE000 else code - 0x1000)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_ten_thousand_random_texts_equal_tiktoken(name, gpt2):
+    """tiktoken with GPT-2's pattern and merges, and tiktoken with a token per byte."""
+    every_byte = {bytes([i]): i for i in range(256)}
+    one_by_one = tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=every_byte, special_tokens={})
+    reference = gpt2.plain if name == "gpt2" else one_by_one
+    draw, tokenizer = random.Random(1), get_tokenizer(name)
+    for _ in range(10_000):
+        text = "".join(draw.choice(PARTS)(draw) for _ in range(draw.randrange(1, 12)))
+        ids = tokenizer.encode_ordinary(text)
+        assert ids == reference.encode_ordinary(text) and tokenizer.decode(ids) == text, ascii(text)
 
 
 def test_fast_split_equals_the_published_pattern_on_real_text(gpt2):
