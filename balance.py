@@ -1,7 +1,8 @@
 """Keeping experts evenly used: what the load-balance loss counts, and balancing by a bias without a loss.
 
 Load-balance loss, Switch (2101.03961) eq. 4 with K choices: E * sum_e f_e P_e, f_e the choices per token on expert e,
-P_e its mean probability; K when balanced. The scopes say over which tokens f and P are taken:
+P_e its mean probability; K when balanced. P is of the softmax over all experts whatever the gate; DeepSeek-V3 has its
+normalised sigmoid scores there. The scopes say over which tokens f and P are taken:
 
     micro_batch   both over the micro-batch, as published
     step          f over the micro-batches of the step so far and over all ranks: Qwen (2501.11873), algorithm 1

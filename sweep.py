@@ -14,7 +14,6 @@ code 2 if any run failed, after all the others have had their turn.
 import functools
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -36,6 +35,7 @@ import common
 import dataloader
 import identity
 import runlog
+import slurm
 import train_single_gpu
 from common import DIVERGED, DONE, INTERRUPTED, AboveZero, Positive, UserError
 from identity import PUBLISHED
@@ -45,7 +45,7 @@ TRAINER = Path(__file__).resolve().parent / "train_single_gpu.py"
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The variants: the one table of names, settings and looks. A variant is its settings on top of the published values
-# (identity.PUBLISHED) of all MoE settings and of MLP_INIT, whatever the defaults in train_single_gpu.Args are.
+# (identity.PUBLISHED) of compared_settings(), whatever the defaults in train_single_gpu.Args are.
 
 
 class Variant(NamedTuple):
@@ -69,8 +69,8 @@ ONE_SHARED = {"n_shared_exp": 1, "top_k": 1, "gate": "softmax"}  # as many activ
 ISO = {"expert_hidden": "iso"}  # as many active parameters as dense, but for the router
 QUARTER = AUX | ISO | {"n_exp": 16, "top_k": 4}
 QUANTILE = {"use_quantile_balance": True}
-SWITCH_MLP = {"mlp_init": "switch"}
-MLP_INIT = ("mlp_init", "mlp_init_scale")  # settings of variants that a dense model has too
+SWITCH_MLP = {"mlp_init": "switch", "mlp_init_scale": 1.0}
+MUON = {"optimizer": "muon"}
 
 LADDER = (  # the published ablation: each adds one trick to the one before
     Variant("no_moe", "dense", "#000000", "-", "", {"n_exp": 1}),
@@ -94,7 +94,16 @@ NEW = (
     Variant("shared_expert", "1 shared + 1 of 8", "#0077BB", "-.", "*", ONE_SHARED),
     Variant("sigmoid", "sigmoid gate", "#AA4499", ":", "X", {"gate": "sigmoid"}),
 )
-METHODS = (  # the table of methods in README.md has the papers
+TRAINING = (  # optimizer, schedule, stability; the table of methods in README.md has the papers
+    Variant("muon", "Muon", "#663333", "-", "o", MUON),
+    Variant("dense_muon", "dense, Muon", "#222255", "--", "s", MUON | {"n_exp": 1}),
+    Variant("wsd", "WSD schedule", "#225555", "-.", "^", {"schedule": "wsd"}),
+    Variant("qk_norm", "QK norm", "#77AADD", ":", "D", {"qk_norm": True}),
+    Variant("output_z_loss", "z-loss on output logits", "#EE8866", "-", "v", {"output_z_loss_weight": 1e-4}),
+    Variant("router_lr", "router at 4 x the rate", "#44BB99", "--", "P", {"router_lr_scale": 4.0}),
+    Variant("router_no_decay", "router without decay", "#666633", "-.", "*", {"router_weight_decay": 0.0}),
+)
+METHODS = (  # of the experts
     Variant("half_width", "half width, balanced", "#E69F00", "-", "o", AUX | ISO),
     Variant("quarter_width", "top 4 of 16, quarter width, balanced", "#56B4E9", "--", "s", QUARTER),
     Variant("shared_half_width", "1 shared + 1 of 8, half width", "#009E73", "-.", "^", ISO | ONE_SHARED),
@@ -110,7 +119,7 @@ METHODS = (  # the table of methods in README.md has the papers
     Variant("switch_mlp", "Switch init of all MLPs", "#DDCC77", "-", "D", SWITCH_MLP),
     Variant("dense_switch_mlp", "dense, Switch init of MLPs", "#AAAA00", "--", "v", SWITCH_MLP | {"n_exp": 1}),
 )
-VARIANTS = {variant.name: variant for variant in LADDER + NEW + METHODS}
+VARIANTS = {variant.name: variant for variant in LADDER + NEW + TRAINING + METHODS}
 __doc__ += "\nVariants: " + "\n".join(textwrap.wrap(", ".join(VARIANTS), 110, subsequent_indent="    "))
 
 
@@ -148,9 +157,11 @@ def look_of(run):
 
 
 def compared_settings(dense=False):
-    """{name: neutral value} of MLP_INIT and, but for a dense model, of the settings that only a MoE has."""
+    """{name: neutral value} of the settings in the table and, but for a dense model, of all that a MoE has."""
     args = train_single_gpu.Args()
-    return {name: identity.neutral(args, name) for name in (*MLP_INIT, *(() if dense else args.moe_fields()))}
+    in_table = {name for variant in VARIANTS.values() for name in variant.settings} - {"n_exp", *args.moe_fields()}
+    names = sorted(in_table) + ([] if dense else list(args.moe_fields()))
+    return {name: identity.neutral(args, name) for name in names}
 
 
 @functools.cache
@@ -356,20 +367,9 @@ def start(job, gpu, n_slots):
     env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n_slots)), **os.environ}
     if gpu is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpu
-    job.process = launch(job.command, job.log, env)
+    job.process = slurm.launch(job.command, job.log, env)
     job.poll, job.state = job.process.poll, "running"
     return job
-
-
-def launch(command, log, env):
-    """The trainer as a process, its output beside its log.
-
-    It has a session of its own: the terminal's Ctrl-C and SLURM's SIGUSR2, both meant for the sweep, must not kill it
-    before it has saved.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log.with_suffix(".out"), "ab") as out, open(log.with_suffix(".err"), "wb") as err:
-        return subprocess.Popen(command, env=env, stdout=out, stderr=err, start_new_session=True)
 
 
 def ended(job):
@@ -399,35 +399,14 @@ def stop(jobs, kill):
 # On a cluster: a SLURM job for each run
 
 
-class TrainJob:
-    """The function that a node runs. submitit pickles it, and calls `checkpoint` on pre-emption and time-out."""
-
-    def __init__(self, command, log):
-        self.command, self.log = command, log
-
-    def __call__(self):
-        self.process = launch(self.command, self.log, os.environ)
-        while self.process.poll() is None:
-            time.sleep(0.2)
-        return self.process.returncode
-
-    def checkpoint(self):
-        from submitit.helpers import DelayedSubmission
-
-        self.process.send_signal(signal.SIGTERM)
-        # Not process.wait(): this runs in a signal handler, perhaps within poll() above, which holds Popen's lock.
-        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        return DelayedSubmission(TrainJob(self.command, self.log))
-
-
 def run_on_cluster(jobs, options, cluster):
     """Submit the waiting jobs and watch their logs. Ctrl-C ends the watching, not the jobs."""
     todo = [job for job in jobs if job.state == "waiting"]
     if not todo:
         return
-    for job, submitted in zip(todo, submit(todo, options, cluster), strict=True):
+    for job, submitted in zip(todo, slurm.submit(todo, options, cluster), strict=True):
         job.state = "submitted"
-        job.poll = lambda submitted=submitted: exit_code(submitted)
+        job.poll = lambda submitted=submitted: slurm.exit_code(submitted)
     show = Display(jobs)
     try:
         while todo:
@@ -439,67 +418,6 @@ def run_on_cluster(jobs, options, cluster):
         raise
     finally:
         show.update(final=True)
-
-
-def submit(jobs, options, cluster):
-    import submitit
-
-    folder = jobs[0].log.parent / "submitit"
-    parameters = slurm_parameters(options, cluster)
-    try:
-        executor = submitit.AutoExecutor(folder, cluster=cluster, **{f"{cluster}_max_num_timeout": 1000})
-        executor.update_parameters(name="moe-sweep", **parameters)
-        with executor.batch():
-            return [executor.submit(TrainJob(job.command, job.log)) for job in jobs]
-    except (RuntimeError, ValueError, NameError) as error:
-        raise UserError(f"--slurm {options}: {error}") from None
-
-
-def slurm_parameters(options, cluster):
-    """submitit's parameters from `partition=gpu,time=12:00:00,account=lab`."""
-    pairs = [option.partition("=") for option in options.split(",") if option]
-    given = {name.strip(): value.strip() for name, _, value in pairs}
-    if not given or "" in given.values():
-        raise UserError(f"--slurm {options!r}: write it as partition=gpu,time=12:00:00,...")
-    try:
-        parameters = {"timeout_min": slurm_minutes(given.pop("time", "24:00:00"))}
-        parameters["gpus_per_node"] = int(given.pop("gpus", 1))
-        parameters["cpus_per_task"] = int(given.pop("cpus", 8))
-        parameters["mem_gb"] = float(given.pop("mem", 64))
-    except ValueError as error:
-        raise UserError(f"--slurm {options!r}: {error}") from None
-    if cluster == "local":
-        return parameters
-    if "partition" in given:
-        parameters["slurm_partition"] = given.pop("partition")
-    return parameters | {"slurm_additional_parameters": given}
-
-
-def slurm_minutes(text):
-    """A time limit as sbatch reads it, in minutes, rounded up. ValueError for any other text."""
-    match = re.fullmatch(r"(?:([0-9]+)-)?([0-9]+)(?::([0-9]+))?(?::([0-9]+))?", text)
-    if match:
-        days, *numbers = (int(number or 0) for number in match.groups())
-        if match[1] is None and match[4] is None:  # minutes, or minutes:seconds
-            numbers = [0, *numbers[:2]]
-        hours, minutes, seconds = numbers
-        total = (days * 24 + hours) * 60 + minutes + math.ceil(seconds / 60)
-    if not match or not total:
-        forms = "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes"
-        raise ValueError(f"time {text!r} is none of {forms} and days-hours:minutes:seconds, above 0")
-    return total
-
-
-def exit_code(submitted):
-    """Exit code of a submitit job; None while it runs, 1 for one that the cluster ended."""
-    import submitit
-
-    if not submitted.done():
-        return None
-    try:
-        return submitted.result()
-    except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedJobError):
-        return 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -641,7 +559,7 @@ def main():
     jobs = make_jobs(args, flags)
     slots = [None] * len(jobs) if args.slurm else slots_of(args)
     if args.slurm:
-        slurm_parameters(args.slurm, args.cluster)  # refused before anything starts
+        slurm.parameters(args.slurm, args.cluster)  # refused before anything starts
     if args.dry_run:
         return estimate(jobs, len(slots), args.tok_per_sec)
     for job in jobs:

@@ -21,6 +21,7 @@ import checkpoint
 import common
 import identity
 import runlog
+import slurm
 import sweep
 import train_single_gpu
 from common import AboveZero, Positive, UserError, lock
@@ -114,10 +115,13 @@ def write_run(job, lines, **settings):
 # ---- the table
 
 
+TABLES = (sweep.LADDER, sweep.NEW, sweep.TRAINING, sweep.METHODS)
+
+
 def test_every_variant_has_its_own_log_name_colour_and_look():
-    assert len(sweep.by_log_name()) == len(sweep.VARIANTS) == len(sweep.LADDER + sweep.NEW + sweep.METHODS)
+    assert len(sweep.by_log_name()) == len(sweep.VARIANTS) == len([v for table in TABLES for v in table])
     assert len({variant.colour for variant in sweep.VARIANTS.values()}) == len(sweep.VARIANTS)
-    for table in (sweep.LADDER, sweep.NEW, sweep.METHODS):
+    for table in TABLES:
         assert len({(variant.line, variant.marker) for variant in table}) == len(table)
 
 
@@ -139,8 +143,9 @@ def test_a_runs_variant_is_found_by_its_settings(name, defaults, request):
     for other in ({"top_k": 3}, {"stride": 1}, {"aux_loss_weight": 1.0}, {"bias_balance_rate": 0.1}):
         found = sweep.variant_of(run_with(settings | other))
         assert (found.name if found else None) == (name if dense else None)
-    assert sweep.variant_of(run_with(settings | {"mlp_init_scale": 0.1})) is None
-    assert sweep.variant_of(run_with(settings | {"qk_norm": True})).name == name
+    for other in ({"mlp_init_scale": 0.1}, {"qk_norm": True, "schedule": "wsd"}):
+        assert sweep.variant_of(run_with(settings | other)) is None
+    assert sweep.variant_of(run_with(settings | {"muon_lr": 0.1, "decay_steps": 9, "dropout": 0.1})).name == name
 
 
 def test_a_run_that_is_no_variant_is_labelled_with_its_settings():
@@ -223,13 +228,13 @@ def test_help_lists_the_variants_and_the_double_dash(tmp_path):
     ],
 )
 def test_slurm_time(text, minutes):
-    assert sweep.slurm_minutes(text) == minutes
+    assert slurm.minutes_of(text) == minutes
 
 
 @pytest.mark.parametrize("text", ["", "soon", "1:2:3:4", "1-", "-5", "1-2-3", "1.5", "0", "0:00", "1-1:2:3:4", "2h"])
 def test_other_slurm_times_are_refused(text):
     with pytest.raises(ValueError, match="time"):
-        sweep.slurm_minutes(text)
+        slurm.minutes_of(text)
 
 
 # ---- GPUs
@@ -460,14 +465,14 @@ def test_a_background_sweep_stops_while_its_runs_start(tmp_path, shards):
 
 @pytest.mark.slow
 def test_a_signal_while_a_run_starts_reaches_it(call, shards, monkeypatch):
-    launch, processes = sweep.launch, []
+    launch, processes = slurm.launch, []
 
     def signalled(*args):
         processes.append(launch(*args))
         os.kill(os.getpid(), signal.SIGTERM)
         return processes[-1]
 
-    monkeypatch.setattr(sweep, "launch", signalled)
+    monkeypatch.setattr(slurm, "launch", signalled)
     argv = ("--variants", "no_moe", "--seeds", "1", "2", "--jobs", "1", *train_flags(shards, "--max_steps", "1000000"))
     try:
         with pytest.raises(KeyboardInterrupt):
