@@ -279,8 +279,9 @@ def time_cells(args, tokens, names):
 
 def data(args, end):
     args = dataclasses.replace(args, rounds=1, warmup=1)
-    yield "HellaSwag", functools.partial(need_hellaswag, args, all_of_hellaswag)
-    few = dataclasses.replace(args, bench="hellaswag", examples=min(args.examples, 100))
+    long = dataclasses.replace(args, T=max(1024, args.T))  # bytes as tokens, on the CPU, make long examples
+    yield "HellaSwag", functools.partial(need_hellaswag, long, all_of_hellaswag)
+    few = dataclasses.replace(long, bench="hellaswag", examples=min(args.examples, 100))
     yield "one by one", functools.partial(need_hellaswag, few, pipeline.bench_hellaswag)
     texts = dataclasses.replace(args, bench="sample", new_tokens=min(64, args.T - 8))
     yield "samples", lambda: (*pipeline.bench_sample(texts, args.dtype)[:2], [])  # its targets are of longer texts
@@ -341,14 +342,19 @@ def train_one(args, name, root, end, runs_left):
     for path in (log, log.with_suffix(".json")):  # of an earlier measurement
         path.unlink(missing_ok=True)
     timer = threading.Timer(max(0.1, seconds), os.kill, (os.getpid(), signal.SIGTERM))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the trainer sets its own
     timer.start()
     try:
         with open(os.devnull, "w") as out, contextlib.redirect_stdout(out):
             train_single_gpu.run(run_args)
+    except KeyboardInterrupt:
+        raise UserError("no time for a step: give more --minutes") from None
     finally:
         timer.cancel()
         Path(f"{log}.lock").unlink(missing_ok=True)
     streams = runlog.read(log)
+    if "hours" not in streams:
+        raise UserError("no time for a step: give more --minutes")
     hours, speed = (dict(zip(*streams[stream], strict=True)) for stream in ("hours", "tok_per_sec"))
     rows = [
         {"run": name, "step": int(at), "tokens": int(at) * run_args.total_batch_size, "val": value,
