@@ -155,9 +155,12 @@ def needed_bytes(args, config, machine):
     share = machine.world_size if args.fsdp else 1
     params = 4 * count_params(config) // share
     n_moe = count_moe_layers(config)
-    hidden = (config.n_layer - n_moe) * config.hidden
-    hidden += n_moe * (config.top_k * config.hidden_of_expert + config.hidden_of_shared)
+    hidden = (config.n_layer - n_moe) * config.hidden + n_moe * config.hidden_of_shared
+    if args.recompute != "experts":
+        hidden += n_moe * config.top_k * config.hidden_of_expert
     per_token = config.n_layer * 8 * config.n_embd + 2 * hidden
+    if args.recompute == "blocks":
+        per_token = config.n_layer * config.n_embd
     return {
         "parameters": params,
         "gradients": params,

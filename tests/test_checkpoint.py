@@ -499,7 +499,7 @@ for make, sharded in ((adamw, False), (adafactor, False), (adamw, True)):
     assert all(value.device.type == "cpu" and type(value) is torch.Tensor for value in state["model"].values())
 saver = checkpoint.BackgroundSaver(3, print, dist.new_group(backend="gloo"))
 for step, background in ((1, False), (2, True)):
-    folder = checkpoint.set_path(sys.argv[4], step)
+    folder = checkpoint.step_path(sys.argv[4], step).with_suffix("")
     saver.save_shards(model, optimizer, {"step": step}, folder, background)  # of the sharded model
     if background:
         train_step(model, optimizer)

@@ -94,6 +94,16 @@ def test_sharded_ranks_make_the_run_of_one_and_hold_their_part(alone, shards, tm
         np.testing.assert_allclose(streams["val"][1], alone[name]["val"][1], rtol=1e-5, err_msg=name)
 
 
+def test_compiled_blocks_make_the_run_of_one(alone, shards, tmp_path):
+    """Each block compiled by itself, under DDP, and under FSDP with its activations computed again in backward."""
+    common = {"data_root": str(shards), "compile_on_cpu": True} | VARIANTS["aux"]
+    runs = [common | {"name": "ddp"}, common | {"name": "fsdp", "fsdp": True, "recompute": "blocks"}]
+    for name, streams in launch(2, tmp_path, runs).items():
+        for stream in ("train", "val", "aux_loss"):
+            expected = alone["aux"][stream][1]
+            np.testing.assert_allclose(streams[stream][1], expected, rtol=1e-5, err_msg=f"{name} {stream}")
+
+
 WATCHED = """
 import atexit, pathlib, runpy, sys
 script, marks = sys.argv[1:3]
