@@ -57,11 +57,6 @@ def step_of(path):
     return int(Path(path).stem.removeprefix("step_"))
 
 
-def set_path(folder, step):
-    """The folder of a sharded set."""
-    return step_path(folder, step).with_suffix("")
-
-
 def is_set(path):
     return (Path(path) / INDEX).exists()
 
@@ -102,8 +97,7 @@ class BackgroundSaver:
     """Writes checkpoints in another thread and keeps the newest `keep` whole ones of the folder.
 
     Training waits only while the previous checkpoint is still being written. `on_error(error)` is called, in the
-    training thread, once for each checkpoint that could not be written. Call wait() before the process ends. `group`:
-    of all ranks on gloo, for save_shards() alone.
+    training thread, once for each that could not be written. Call wait() before the process ends. `group` is gloo's.
     """
 
     def __init__(self, keep, on_error, group=None):
@@ -115,13 +109,15 @@ class BackgroundSaver:
         self.wait()
         self.future = self.pool.submit(self.write, to_plain(state), Path(path), Path(path).parent)
 
-    def save_shards(self, model, optimizer, fields, folder, background):
+    def save_shards(self, model, optimizer, fields, path, background):
         """Start to save a set: the state of an FSDP run and the dict `fields`. Every rank calls it, and wait().
 
         background: copy this rank's part to the CPU and write the copy; else write the tensors themselves, and return
         when the set is whole.
         """
         import sharded
+
+        folder = Path(path).with_suffix("")
 
         def write_index(index):
             self.write(fields | {"index": index | {"tied": sharded.tied_names(model)}}, folder / INDEX, folder.parent)
@@ -145,7 +141,7 @@ class BackgroundSaver:
                 import sharded
 
                 self.error = sharded.first_os_error(self.error)
-                if common.world()[0] == 0:
+                if common.world()[0] == 0 and not is_set(self.folder):
                     remove(self.folder)  # parts that would fill the disk
             if self.error and not isinstance(self.error, OSError):
                 raise self.error
@@ -332,8 +328,8 @@ def set_state(model, optimizer, state, source):
     """Load `state`, as load() returned it, into a new model and optimizer. Every rank calls it.
 
     Rank 0's state counts; other ranks may pass None. The optimizer keeps its own settings (weight decay, betas, lr); on
-    the CPU it takes over the tensors of `state`. Of a sharded set, which all ranks must see, each reads its own part.
-    UserError, naming `source` and the first misfit.
+    the CPU it takes over the tensors of `state`. Of a set, which all ranks must see, each reads its own part. UserError
+    with the first misfit.
     """
     index = [state and state.get("index")]
     if dist.is_initialized():

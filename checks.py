@@ -126,8 +126,11 @@ def needed_bytes(args, config, machine):
     moments = {"adamw": 2 * params, "muon": 2 * params - matrices, "adafactor": 0}  # Muon keeps one per hidden matrix
     n_moe = count_moe_layers(config)
     hidden = 2 * ((config.n_layer - n_moe) * config.hidden + n_moe * config.hidden_of_shared)
-    hidden += n_moe * config.top_k * config.hidden_of_expert  # routed experts compute GELU again
+    if args.recompute != "experts":
+        hidden += n_moe * config.top_k * config.hidden_of_expert  # routed experts compute GELU again
     per_token = config.n_layer * 8 * config.n_embd + hidden
+    if args.recompute == "blocks":
+        per_token = config.n_layer * config.n_embd
     return {
         "parameters": params,
         "gradients": params,

@@ -91,12 +91,9 @@ def write(tensors, folder, group, background, finish_set):
 
 
 def first_os_error(error):
-    """The OSError of the first rank that could not write its part; other errors are raised."""
-    if isinstance(error, CheckpointException):  # a BaseException
-        error = next((failure for failure, _ in error.failures.values() if isinstance(failure, OSError)), error)
-    if error is None or isinstance(error, OSError):
-        return error
-    raise error
+    """The OSError of the first rank that could not write its part; `error` itself where there is none."""
+    failures = getattr(error, "failures", {})  # of a CheckpointException: {rank: (error, traceback)}
+    return next((failure for failure, _ in failures.values() if isinstance(failure, OSError)), error)
 
 
 def index_of(metadata, places):

@@ -391,13 +391,13 @@ def save(run):
         "tokenizer": run.tokenizer.name,
         "record": run.record,
     }
+    path, on_cpu = checkpoint.step_path(run.folder, run.progress.step), run.machine.device.type == "cpu"
     if run.args.fsdp:  # on the CPU a copy to write from would take the memory of training
-        folder, background = checkpoint.set_path(run.folder, run.progress.step), run.machine.device.type != "cpu"
-        run.saver.save_shards(run.raw_model, run.optimizer, fields, folder, background)
+        run.saver.save_shards(run.raw_model, run.optimizer, fields, path, background=not on_cpu)
         return
-    state = checkpoint.get_state(run.raw_model, run.optimizer) | fields
+    state = checkpoint.get_state(run.raw_model, run.optimizer)
     if run.machine.is_main:
-        run.saver.save(state, checkpoint.step_path(run.folder, run.progress.step))
+        run.saver.save(state | fields, path)
 
 
 def last_save(run):

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
 import torch.distributed as dist
 
 import common
@@ -15,6 +16,8 @@ import train_single_gpu as trainer
 warnings.simplefilter("ignore", UserWarning)
 dist.init_process_group("gloo")  # one for all of them
 for settings in json.loads(sys.argv[1].replace("{rank}", os.environ["RANK"])):
+    if settings.get("compile_on_cpu"):  # the same graphs; inductor would take a minute to compile them
+        torch.compiler.set_stance(force_backend="aot_eager")
     code = trainer.run(trainer.Args(**settings))
     assert code == 0, code
 dist.destroy_process_group()

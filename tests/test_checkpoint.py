@@ -499,7 +499,7 @@ for make, sharded in ((adamw, False), (adafactor, False), (adamw, True)):
     assert all(value.device.type == "cpu" and type(value) is torch.Tensor for value in state["model"].values())
 saver = checkpoint.BackgroundSaver(3, print, dist.new_group(backend="gloo"))
 for step, background in ((1, False), (2, True)):
-    folder = checkpoint.set_path(sys.argv[4], step)
+    folder = checkpoint.step_path(sys.argv[4], step).with_suffix("")
     saver.save_shards(model, optimizer, {"step": step}, folder, background)  # of the sharded model
     if background:
         train_step(model, optimizer)
@@ -656,7 +656,7 @@ def test_flipped_bytes_of_a_set_are_found(tmp_path):
     write_set(path, n_layer=1)
     good, part = checkpoint.load(path, ("model", "optimizer")), path / "__0_0.distcp"
     original, rng, found = part.read_bytes(), random.Random(0), 0
-    for offset in [rng.randrange(len(original)) for _ in range(100)]:
+    for offset in [rng.randrange(len(original)) for _ in range(40)]:
         damaged = bytearray(original)
         damaged[offset] ^= 1 << rng.randrange(8)
         part.write_bytes(damaged)
@@ -664,7 +664,7 @@ def test_flipped_bytes_of_a_set_are_found(tmp_path):
             assert equal(checkpoint.load(path, ("model", "optimizer")), good), f"the flip at {offset} was not found"
         except UserError as error:
             found += str(path) in str(error)
-    assert found > 50
+    assert found > 20
 
 
 def test_a_crafted_set_executes_nothing(tmp_path):

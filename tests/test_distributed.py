@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import TINY_RUN, flags
+from conftest import TINY_RUN, flags, lines
 
 import checkpoint
 import runlog
@@ -93,6 +94,16 @@ def test_sharded_ranks_make_the_run_of_one_and_hold_their_part(alone, shards, tm
     for name, streams in together.items():
         np.testing.assert_allclose(streams["train"][1], alone[name]["train"][1], rtol=1e-5, err_msg=name)
         np.testing.assert_allclose(streams["val"][1], alone[name]["val"][1], rtol=1e-5, err_msg=name)
+
+
+def test_compiled_blocks_make_the_run_of_one(alone, shards, tmp_path):
+    """Each block compiled by itself, under DDP, and under FSDP with its activations computed again in backward."""
+    common = {"data_root": str(shards), "compile_on_cpu": True} | VARIANTS["aux"]
+    runs = [common | {"name": "ddp"}, common | {"name": "fsdp", "fsdp": True, "recompute": "blocks"}]
+    for name, streams in launch(2, tmp_path, runs).items():
+        for stream in ("train", "val", "aux_loss"):
+            expected = alone["aux"][stream][1]
+            np.testing.assert_allclose(streams[stream][1], expected, rtol=1e-5, err_msg=f"{name} {stream}")
 
 
 WATCHED = """
@@ -178,6 +189,43 @@ def test_a_killed_rank_ends_the_job_and_it_can_be_resumed(shards, tmp_path):
     assert re.search(r"Signal 9|SIGKILL|exitcode.*-9", said)
     (log,) = launch(2, tmp_path, [common | {"resume": "auto", "max_steps": 30}]).values()
     assert log["train"][0].tolist()[:10] == list(range(10)) and log["train"][0][-1] >= 9
+
+
+def start_nodes(folder, settings):
+    """Two torchrun agents of one rank each, as on two machines; the first has rank 0."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    runs = json.dumps([SETTINGS | {"logs_dir": str(folder), "checkpoint_dir": str(folder)} | settings])
+    return [
+        subprocess.Popen(
+            [*command, f"--node_rank={node}", str(TESTS / "distributed_worker.py"), runs],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in (0, 1)
+    ]  # fmt: skip
+
+
+def test_two_nodes_of_which_one_dies_start_again_and_make_the_run_left_alone(shards, tmp_path):
+    common = {"name": "nodes", "data_root": str(shards), "save_checkpoint_every": 5, "max_steps": 100, "fsdp": True,
+              "val_loss_every": 50, "dist_timeout": 20, "resume": "auto"}  # fmt: skip
+    launch(2, tmp_path / "alone", [common])
+    nodes = start_nodes(tmp_path / "nodes", common)
+    while "step     12 | loss" not in nodes[0].stdout.readline():
+        assert nodes[0].poll() is None
+    for process in [*psutil.Process(nodes[1].pid).children(), nodes[1]]:
+        process.kill()
+    said = nodes[0].communicate(timeout=600)[0]
+    nodes[1].communicate(timeout=600)
+    assert nodes[0].returncode != 0 and "Connection closed by peer" in said
+    nodes = start_nodes(tmp_path / "nodes", common)
+    for node in nodes:
+        said = node.communicate(timeout=600)[0]
+        assert node.returncode == 0, said[-3000:]
+    alone, killed = (lines(tmp_path / name / "log_nodes_test_seed_1337.txt") for name in ("alone", "nodes"))
+    assert killed == alone
 
 
 def test_ranks_that_share_no_disk_resume_the_same_run(alone, shards, tmp_path):

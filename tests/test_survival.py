@@ -17,6 +17,11 @@ def test_killed_and_resumed_is_the_run_left_alone(tmp_path):
     assert torture(tmp_path, 2, random.Random(1))["kills"] == 2
 
 
+def test_a_sharded_run_killed_and_resumed_is_the_run_left_alone(tmp_path):
+    """`python tests/kill_and_resume.py --kills 20 --ranks 2` for more, in results/scale/survival_sharded.json."""
+    assert torture(tmp_path, 1, random.Random(2), ranks=2)["kills"] == 1
+
+
 def test_memory_and_file_handles_stay_flat_over_2000_steps(train, monkeypatch):
     """From step 600 on: by then the first evaluation, checkpoints and samples have loaded what they need."""
     process, step, seen = psutil.Process(), trainer.train_step, []
