@@ -24,6 +24,7 @@ from conftest import TINY_RUN, write_shards
 
 import checkpoint
 import common
+import compare
 import fineweb
 import runlog
 import sweep
@@ -222,7 +223,7 @@ def test_logs(survive, trained):
     def read(folder):
         (log,) = folder.glob("log_*.txt")
         run = runlog.load_run(log)
-        runlog.show([run], runlog.Args())
+        compare.report([run])
         runlog.thin_into("thin", [run])
         sweep.look_of(run)
 

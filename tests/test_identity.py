@@ -16,6 +16,7 @@ from conftest import TINY_RUN, flags, lines
 import checkpoint
 import checks
 import common
+import compare
 import identity
 import runlog
 import train_single_gpu as trainer
@@ -241,7 +242,7 @@ def test_branches_of_several_seeds_are_one_group(train):
         path = f"checkpoints/a_test_seed_{seed}/step_000002.pt"
         train(name="a", n_exp=1, seed=seed, data_seed=seed, max_steps=3, resume=path, run_id="fork")
     train(name="a", n_exp=1, seed=3, data_seed=2, max_steps=3, resume=path, run_id="other")  # parent's seed is 2
-    groups = [[(run.run_id, run.seed) for run in group] for group in runlog.group(runlog.load_runs("logs"))]
+    groups = [[(run.run_id, run.seed) for run in group] for group in compare.group(runlog.load_runs("logs"))]
     assert sorted(map(sorted, groups)) == [[("fork", 1), ("fork", 2)], [("other", 3)], [("test", 1), ("test", 2)]]
 
 
