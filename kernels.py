@@ -117,9 +117,10 @@ def linear_cross_entropy_with_z_loss(h, weight, targets, z_weight):
 
 def chunk_rows(h, weight):
     """Rows of h per chunk: chunks of nearly equal size; large ones of a multiple of 128 rows, for the matrix units."""
+    n_rows = max(1, h.shape[0])  # a rank may have no row
     most = max(1, LOGITS_PER_CHUNK.get(h.device.type, 2**27) // weight.shape[0])
     unit = 128 if most >= 1024 else 1
-    rows = math.ceil(h.shape[0] / math.ceil(h.shape[0] / (most - most % unit)))
+    rows = math.ceil(n_rows / math.ceil(n_rows / (most - most % unit)))
     return math.ceil(rows / unit) * unit
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import sweep
 from bench.baselines import replace
 from common import autocast
-from model import GPT, GPTConfig, MoE, Router
+from model import GPT, MODEL_FIELDS, GPTConfig, MoE, Router
 
 SHAPE = {"block_size": 64, "vocab_size": 512, "n_layer": 2, "n_head": 2, "n_embd": 64}
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-2}  # relative error; bfloat16: beyond twice that of the CPU
@@ -83,9 +83,13 @@ def row(check, dtype, error, limit, **more):
     return {"check": check, **more, "dtype": name, "error": error, "limit": limit, "ok": error <= limit}
 
 
+def settings_of_model(name):
+    return {field: value for field, value in sweep.VARIANTS[name].settings.items() if field in MODEL_FIELDS}
+
+
 def check_variant(name, device, compiled=False):
     """Rows of a variant of sweep.py, with capacity and dropless, in float32 and bfloat16."""
-    settings, rows = {"n_exp": 8} | sweep.VARIANTS[name].settings, []
+    settings, rows = {"n_exp": 8} | settings_of_model(name), []
     for capacity in (0.75, math.inf) if settings["n_exp"] > 1 else (None,):  # 0.75 drops a quarter at least
         config = GPTConfig(**SHAPE | settings | ({} if capacity is None else {"train_capacity": capacity}))
         reference = compute(config, "cpu", torch.float32)
@@ -103,7 +107,7 @@ def check_variant(name, device, compiled=False):
 
 def check_choices(name, device):
     """How many choices the router of the device makes as that of the CPU does, float32: all but ties."""
-    config = GPTConfig(**SHAPE | {"n_exp": 8} | sweep.VARIANTS[name].settings)
+    config = GPTConfig(**SHAPE | {"n_exp": 8} | settings_of_model(name))
     ours, theirs = (compute(config, place, torch.float32).chosen for place in (device, "cpu"))
     differing = torch.cat([(a != b).flatten() for a, b in zip(ours, theirs, strict=True)]).float().mean().item()
     return [row("choices", torch.float32, differing, 0.01, name=name)]

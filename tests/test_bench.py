@@ -152,10 +152,10 @@ def test_memory_is_linear_and_one_hot_is_not(results):
     """At these sizes the fixed part is small, so compare the slopes of the two steps."""
     rows = json.loads((results / "scale_cpu_float32.json").read_text())["rows"]
     memory = {name: [row["MB"] for row in rows if row["variant"] == name] for name in ("top2_capacity", "one_hot")}
-    for name, growth in (("top2_capacity", 2.0), ("one_hot", 2.4)):
-        small, middle, large = memory[name]
-        ratio = (large - middle) / (middle - small)  # 2 where linear: the step from 128 to 256 is twice that from 64
-        assert (ratio < 1.1 * growth) if name == "top2_capacity" else (ratio > growth), (name, memory)
+    growth = {}
+    for name, (small, middle, large) in memory.items():
+        growth[name] = (large - middle) / (middle - small)  # from 128 to 256 tokens by from 64 to 128: 2 where linear
+    assert growth["top2_capacity"] < 2.5 < growth["one_hot"], memory
 
 
 @pytest.mark.slow

@@ -329,9 +329,9 @@ def test_runs_that_were_stopped_early_are_no_failures():
 
 
 def make_groups(folder, seeds=(1, 2, 3), **more):
-    """Dense of 100 and 200 steps, dense with Muon; top 2 with both optimizers and with a load-balance loss."""
+    """Dense of 100 and 200 steps, dense with another beta2; top 2 with both and with a load-balance loss."""
     arms = [("no_moe", 2.0, {"n_exp": 1}), ("no_moe", 1.9, {"n_exp": 1, "max_steps": 200}),
-            ("no_moe", 1.8, {"n_exp": 1, "optimizer": "muon"}), ("moe", 1.7, {"optimizer": "muon"}), ("moe", 1.6, {}),
+            ("no_moe", 1.8, {"n_exp": 1, "beta2": 0.99}), ("moe", 1.7, {"beta2": 0.99}), ("moe", 1.6, {}),
             ("moe_aux_loss", 1.595, {"use_aux_loss": True})]  # fmt: skip
     for i, (name, loss, settings) in enumerate(arms):
         for seed in seeds:
@@ -347,9 +347,9 @@ def test_each_group_has_the_baseline_of_its_shared_settings(tmp_path):
     rows = {(row.variant, row.settings): row for row in table.itertuples()}
     assert len(rows) == 6
     baselines = {key: row.baseline for key, row in rows.items()}
-    assert baselines.pop(("only_moe", "optimizer muon")) == "no_moe optimizer muon"
+    assert baselines.pop(("only_moe", "beta2 0.99")) == "no_moe beta2 0.99"
     assert set(baselines.values()) == {"no_moe"}, "values that most groups have are not named"
-    assert rows["only_moe", "optimizer muon"].minus == pytest.approx(-0.1, abs=0.005)
+    assert rows["only_moe", "beta2 0.99"].minus == pytest.approx(-0.1, abs=0.005)
     assert rows["only_moe", ""].minus == pytest.approx(-0.4, abs=0.005)
     assert [row.outcome for row in rows.values()].count("baseline") == 1
     assert rows["only_moe", ""].test == "paired" and rows["only_moe", ""].n == 3
@@ -367,8 +367,8 @@ def test_a_baseline_with_settings_is_that_of_every_group(tmp_path):
     ("spec", "words"),
     [
         ("absent", "no such runs; there are no_moe, only_moe, aux_only"),
-        ("no_moe,max_lr=7", "0 groups of that name fit (max_steps 100, optimizer adamw; "),
-        ("no_moe,max_steps=100", "2 groups of that name fit (optimizer adamw; optimizer muon)"),
+        ("no_moe,max_lr=7", "0 groups of that name fit (max_steps 100, beta2 0.95; "),
+        ("no_moe,max_steps=100", "2 groups of that name fit (beta2 0.95; beta2 0.99)"),
     ],
 )
 def test_a_baseline_that_is_not_there_is_one_line(tmp_path, spec, words):
