@@ -45,8 +45,9 @@ def expected(header, row, seeds):
 
 
 def tables(page):
-    """[(header, rows)] of the tables whose first column is `a variant`."""
-    lines = [line.strip() for line in page.read_text(encoding="utf-8").splitlines()]
+    """[(header, rows)] of the tables written by hand whose first column is `a variant`."""
+    by_hand = re.sub(r"<!-- digest:.*?<!-- end -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = [line.strip() for line in by_hand.splitlines()]
     blocks = re.findall(r"(?:^\|.*\|\n?)+", "\n".join(lines), re.MULTILINE)
     cells = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()] for block in blocks]
     return [(rows[0], rows[2:]) for rows in cells if len(rows) > 2 and re.fullmatch(r"`\w[\w.]*`", rows[2][0])]
