@@ -1,5 +1,7 @@
 """The notebook draws no, one and several experiments, odd logs among them, and is committed without outputs."""
 
+import contextlib
+import io
 import json
 import os
 
@@ -8,6 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import shutil
 from pathlib import Path
 
+import matplotlib
 import nbformat
 import numpy as np
 import pandas as pd
@@ -25,19 +28,42 @@ CURVES = ROOT / "results/published/curves.csv"
 FIGURES = ROOT / "results/figures"
 
 
-def execute(results, monkeypatch):
-    """Run the notebook on the folder `results`; return the text it printed and the names of its figures."""
-    monkeypatch.setenv("RESULTS", str(results))
-    monkeypatch.setenv("MPLBACKEND", "Agg")
+def cells():
+    return [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+
+
+def in_kernel():
+    """What the notebook prints when Jupyter runs it."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    text = "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
-    assert "cannot be drawn" not in text, text
-    figures = sorted((results / "figures").glob("*.png"))
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
-    assert not list((results / "figures").glob("*.svg"))
-    return text, {path.stem for path in figures}
+    return "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
+
+
+def in_this_process():
+    """The same in this process, which saves the start of a kernel."""
+    namespace, text = {"__name__": "notebook"}, io.StringIO()
+    with matplotlib.rc_context(), contextlib.redirect_stdout(text), contextlib.chdir(ROOT):
+        for cell in cells():
+            exec(cell.source, namespace)
+    return text.getvalue()
+
+
+@pytest.fixture
+def execute(tmp_path, monkeypatch):
+    """execute() runs the notebook on the folder `tmp_path`: the text it prints and the names of its figures."""
+    monkeypatch.setenv("RESULTS", str(tmp_path))
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+    def call(how=in_this_process):
+        text = how()
+        assert "cannot be drawn" not in text, text
+        figures = sorted((tmp_path / "figures").glob("*.png"))
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
+        assert not list((tmp_path / "figures").glob("*.svg"))
+        return text, {path.stem for path in figures}
+
+    return call
 
 
 def make_run(folder, seed, steps=60, diverge_at=None, last=2.0, streams=("val", "hella"), **settings):
@@ -70,18 +96,17 @@ def make_run(folder, seed, steps=60, diverge_at=None, last=2.0, streams=("val", 
     return path
 
 
-@pytest.mark.slow
-def test_no_logs_and_no_published_curves(tmp_path, monkeypatch):
-    text, figures = execute(tmp_path, monkeypatch)
+def test_no_logs_and_no_published_curves(execute, tmp_path):
+    text, figures = execute()
     assert text == f"0 runs in {tmp_path}\n" and not figures
 
 
 @pytest.mark.slow
-def test_published_curves_and_one_run(tmp_path, monkeypatch):
+def test_published_curves_and_one_run(execute, tmp_path):
     (tmp_path / "published").mkdir()
     shutil.copy(CURVES, tmp_path / "published")
     make_run(tmp_path / "alone", seed=1, n_exp=8)
-    text, figures = execute(tmp_path, monkeypatch)
+    text, figures = execute()
     published = {f"published_{figure}" for figure in ("val_by_seed", "hella_by_seed", "moe_against_dense")}
     assert figures == published | {"alone_curves", "alone_stability", "alone_expert_load"}
     assert "moe 20250625 seed 42, repeated later" in text
@@ -90,7 +115,7 @@ def test_published_curves_and_one_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_several_experiments_with_every_kind_of_run(tmp_path, monkeypatch):
+def test_several_experiments_with_every_kind_of_run(execute, tmp_path):
     for seed in (1, 2):
         make_run(tmp_path / "small/dense", seed, n_exp=1)
         make_run(tmp_path / "small/moe", seed, use_aux_loss=True, diverge_at=35 if seed == 2 else None)
@@ -101,7 +126,7 @@ def test_several_experiments_with_every_kind_of_run(tmp_path, monkeypatch):
     log = make_run(tmp_path / "elsewhere", seed=3, gate="sigmoid")
     runlog.thin_into(tmp_path / "small/moe", [runlog.load_run(log)])
     shutil.rmtree(tmp_path / "elsewhere")
-    text, figures = execute(tmp_path, monkeypatch)
+    text, figures = execute(in_kernel)
     assert "  small: 9 runs in 5 groups" in text, "dense and MoE of one experiment lie in two folders"
     every = {f"small_{figure}" for figure in ("curves", "stability", "expert_load", "last_val")}
     assert (
@@ -118,7 +143,7 @@ def test_several_experiments_with_every_kind_of_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_odd_logs_are_named_and_do_not_stop_the_others(tmp_path, monkeypatch):
+def test_odd_logs_are_named_and_do_not_stop_the_others(execute, tmp_path):
     folder = tmp_path / "runs"
     for n_exp in (1, 8):
         make_run(folder, seed=1, n_exp=n_exp)
@@ -131,7 +156,7 @@ def test_odd_logs_are_named_and_do_not_stop_the_others(tmp_path, monkeypatch):
     make_run(folder, seed=9).write_text("")
     make_run(folder, seed=10).with_suffix(".json").unlink()
     shutil.copy(ROOT / "tests/data/log_moe_20250711_seed_1337.txt", folder)  # a published log: no JSON
-    text, figures = execute(tmp_path, monkeypatch)
+    text, figures = execute()
     skipped = [line for line in text.splitlines() if line.startswith("skipped: ")]
     assert len(skipped) == 3 and all(
         any(name in line for line in skipped) for name in ("seed_6.json", "log_foo.txt", "seed_8.txt")
@@ -140,8 +165,7 @@ def test_odd_logs_are_named_and_do_not_stop_the_others(tmp_path, monkeypatch):
 
 
 def test_notebook_is_committed_clean():
-    cells = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
-    assert all(cell.execution_count is None and not cell.outputs for cell in cells)
+    assert all(cell.execution_count is None and not cell.outputs for cell in cells())
 
 
 def test_committed_figures_are_small_and_no_other_kind():

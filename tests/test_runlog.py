@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import common
 import curves
 import identity
 import logger
@@ -34,9 +36,17 @@ def write_log(path, lines=LINES, record=None, **settings):
     return path
 
 
-def command_line(*argv, **environment):
-    command = [sys.executable, str(ROOT / "runlog.py"), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment or None)
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """command_line(*argv) of the script in this process: (exit code, stdout, stderr)."""
+
+    def call(*argv):
+        monkeypatch.setattr(sys, "argv", ["runlog.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
+            common.run(runlog.main)
+        return end.value.code, *capsys.readouterr()
+
+    return call
 
 
 # ---- names
@@ -445,20 +455,20 @@ def test_pairs_have_equal_seeds_and_data_and_runs_that_ended(tmp_path):
     assert "; 1 runs that failed or are not at the end of their schedule are left out" in words
 
 
-def test_currencies_that_the_logs_do_not_tell_are_dashes(tmp_path):
+def test_currencies_that_the_logs_do_not_tell_are_dashes(command_line, tmp_path):
     """Hours of another machine are not compared either."""
     make_experiment(tmp_path)
     for path in tmp_path.glob("log_moe_*.json"):
         record = json.loads(path.read_text()) | {"device": "b", "flops_per_token": None}
         path.write_text(json.dumps(record))
-    done = command_line(tmp_path, "--base", "no_moe")
-    (row,) = (line for line in done.stdout.splitlines() if line.split()[:1] == ["moe"])
-    header = done.stdout.splitlines()[0].split()
+    _, out, _ = command_line(tmp_path, "--base", "no_moe")
+    (row,) = (line for line in out.splitlines() if line.split()[:1] == ["moe"])
+    header = out.splitlines()[0].split()
     assert header.index("x_tokens") < header.index("x_flops") < header.index("x_hours")
     assert "1.75±0.35" in row and row.split().count("-") >= 2
 
 
-def test_a_base_without_three_lengths_or_with_two_settings_is_one_line(tmp_path):
+def test_a_base_without_three_lengths_or_with_two_settings_is_one_line(command_line, tmp_path):
     for seed in (1, 2):
         write_run(tmp_path, "no_moe", seed, 10_000, loss_at(10_000))
     for argv, message in (
@@ -467,11 +477,11 @@ def test_a_base_without_three_lengths_or_with_two_settings_is_one_line(tmp_path)
         (["--base", "no_moe", "--at_step", 5], "--at_step"),
         (["--base", "x", "--thin", "y"], "--thin"),
     ):
-        done = command_line(tmp_path, *argv)
-        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        code, _, said = command_line(tmp_path, *argv)
+        assert code == 2 and message in said and said.count("\n") == 1, said
     write_run(tmp_path, "no_moe", 3, 10_000, 3.0, max_lr=0.1)
-    done = command_line(tmp_path, "--base", "no_moe")
-    assert done.returncode == 2 and "10,000 tokens differ in max_lr" in done.stderr
+    code, _, said = command_line(tmp_path, "--base", "no_moe")
+    assert code == 2 and "10,000 tokens differ in max_lr" in said
 
 
 # ---- thinned CSV and command line
@@ -515,36 +525,36 @@ def test_spikes_of_a_published_log_of_every_50th_step_are_unknown():
     assert runlog.spike_steps(runlog.read(PUBLISHED_LOG)) is None
 
 
-@pytest.mark.slow
-def test_command_line(tmp_path):
+def test_command_line(command_line, tmp_path):
     log = write_log(tmp_path / "logs" / "log_moe_a_seed_1.txt", max_lr=0.1)
     for paths in ([log], [log, log.with_suffix(".json")], [log.parent]):
-        done = command_line(*paths)
-        assert done.returncode == 0 and "3.0000" in done.stdout and not done.stderr, done.stderr
-    done = command_line("absent.txt")
-    assert done.returncode == 2 and done.stderr == "error: no such log: absent.txt\n"
-    assert command_line().stderr.startswith("error: no logs given") and command_line(tmp_path / "logs").returncode == 0
+        code, out, err = command_line(*paths)
+        assert code == 0 and "3.0000" in out and not err, err
+    assert command_line("absent.txt") == (2, "", "error: no such log: absent.txt\n")
+    assert command_line()[2].startswith("error: no logs given") and command_line(tmp_path / "logs")[0] == 0
 
 
-def test_the_command_line_skips_an_odd_log_and_says_so(tmp_path):
+def test_the_command_line_skips_an_odd_log_and_says_so(command_line, tmp_path):
     bad = write_log(tmp_path / "log_moe_a_seed_2.txt", ["1 \xff\n"])
-    alone = command_line(bad)
-    assert alone.returncode == 2 and alone.stderr.count("\n") == 1 and "line 1" in alone.stderr
+    code, _, err = command_line(bad)
+    assert code == 2 and err.count("\n") == 1 and "line 1" in err
     write_log(tmp_path / "log_moe_a_seed_1.txt")
-    done = command_line(tmp_path)
-    assert done.returncode == 0 and "3.0000" in done.stdout and f"skipped: {bad}, line 1" in done.stderr
+    code, out, err = command_line(tmp_path)
+    assert code == 0 and "3.0000" in out and f"skipped: {bad}, line 1" in err
 
 
 def test_the_table_prints_where_the_terminal_is_ascii(tmp_path):
     for seed in (1, 2):
         write_log(tmp_path / f"log_moe_a_seed_{seed}.txt")
-    done = command_line(tmp_path, PYTHONIOENCODING="ascii")
+    command = [sys.executable, str(ROOT / "runlog.py"), str(tmp_path)]
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ascii_only)
     assert done.returncode == 0 and "3.0000 +- 0.0000" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("where", ["file", "file/deep"])
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, where):
+def test_a_folder_that_cannot_be_written_is_one_line(command_line, tmp_path, where):
     write_log(tmp_path / "log_moe_a_seed_1.txt")
     (tmp_path / "file").write_text("")
-    done = command_line(tmp_path, "--thin", tmp_path / where)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--thin" in done.stderr, done.stderr
+    code, _, err = command_line(tmp_path, "--thin", tmp_path / where)
+    assert code == 2 and err.count("\n") == 1 and "--thin" in err, err
