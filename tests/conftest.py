@@ -114,7 +114,7 @@ class Forked:
 
     def __init__(self, *words, **env):
         (out, out_), (err, err_) = (FORKS.Pipe(duplex=False) for _ in range(2))
-        self.process = FORKS.Process(target=run_forked, args=(words, env, os.getcwd(), out_, err_))
+        self.process = FORKS.Process(target=run_forked, args=(words, env, os.getcwd(), out_, err_), daemon=True)
         self.process.start()
         out_.close(), err_.close()
         self.pid = self.process.pid
