@@ -8,9 +8,13 @@ import contextlib
 import importlib
 import io
 import json
+import multiprocessing
+import runpy
 import signal
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,3 +119,67 @@ def call(script, *argv, encoding="utf-8"):
     for stream in streams:
         stream.flush()
     return code, *(stream.buffer.getvalue().decode(encoding) for stream in streams)
+
+
+# -- scripts as processes of their own, without the seconds that importing torch takes
+
+ROOT = Path(__file__).resolve().parents[1]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train_single_gpu", "torch.distributed.fsdp", "pytest"])
+
+
+def run_forked(words, env, cwd, out, err):
+    """In the child: the script words[0] as `python script ...` would run it in `cwd`, printing into two pipes."""
+    for pipe, number in ((out, 1), (err, 2)):
+        os.dup2(pipe.fileno(), number)
+        pipe.close()
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115
+    os.chdir(cwd)
+    os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = [str(word) for word in words]
+    sys.path.insert(0, str(ROOT))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+class Forked:
+    """A script as subprocess.Popen would start it, in a fork of a server that has torch and the trainer imported.
+
+    For tests of signals, pipes, locks and ranks. What is printed before it ends must fit a pipe or be read.
+    """
+
+    def __init__(self, *words, **env):
+        (out, out_), (err, err_) = (FORKS.Pipe(duplex=False) for _ in range(2))
+        self.process = FORKS.Process(target=run_forked, args=(words, env, os.getcwd(), out_, err_), daemon=True)
+        self.process.start()
+        out_.close(), err_.close()
+        self.pid = self.process.pid
+        self.stdout, self.stderr = (os.fdopen(os.dup(pipe.fileno())) for pipe in (out, err))
+
+    def poll(self):
+        return self.process.exitcode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.process.kill()
+
+    def wait(self, timeout=600):
+        """The exit code."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, "timed out"
+        return self.process.exitcode
+
+    def communicate(self):
+        """(rest of stdout, rest of stderr) when it has ended."""
+        with self.stdout, self.stderr, ThreadPoolExecutor(1) as pool:
+            err = pool.submit(self.stderr.read)
+            said = self.stdout.read(), err.result()
+        self.wait()
+        return said
+
+    def read_until(self, text):
+        """Read lines of stdout up to the first one that contains `text`."""
+        while text not in (line := self.stdout.readline()):
+            assert line, f"ended without {text!r}: {self.stderr.read()}"

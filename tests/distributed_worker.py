@@ -1,4 +1,7 @@
-"""Started by torchrun in test_distributed.py: one tiny run after another in one process, to pay for the start once."""
+"""A rank of test_distributed.py: one tiny run after another in one process, to pay for the start once.
+
+Arguments: a JSON list of settings, and the URL at which the ranks meet.
+"""
 
 import json
 import os
@@ -14,7 +17,8 @@ import common
 import train_single_gpu as trainer
 
 warnings.simplefilter("ignore", UserWarning)
-dist.init_process_group("gloo")  # one for all of them
+rank, world_size = common.world()
+dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=world_size)  # one for all of them
 for settings in json.loads(sys.argv[1].replace("{rank}", os.environ["RANK"])):
     if settings.get("compile_on_cpu"):  # the same graphs; inductor would take a minute to compile them
         torch.compiler.set_stance(force_backend="aot_eager")

@@ -32,6 +32,7 @@ def names(folder):
 
 @pytest.mark.slow
 def test_the_demo_shows_commands_table_text_and_figure(folders, monkeypatch, capfd):
+    monkeypatch.setattr(demo, "SCHEDULE", demo.SCHEDULE.replace("--val_loss_steps 32", "--val_loss_steps 2"))
     assert run_demo(monkeypatch, "--steps", "8", "--seed", "3") == 0
     out = capfd.readouterr().out
     assert out.count("$ OMP_NUM_THREADS=1 python train_single_gpu.py") == 5

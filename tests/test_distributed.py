@@ -11,41 +11,48 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import TINY_RUN, flags, lines
+from conftest import TINY_RUN, Forked, flags, lines
 
 import checkpoint
 import runlog
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+WORKER, TRAINER = TESTS / "distributed_worker.py", TESTS.parent / "train_single_gpu.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 VARIANTS = {
     "no_moe": {"n_exp": 1},
-    "moe": {},
+    "moe": {"train_capacity": math.inf, "use_switch_tfm_init": True, "switch_tfm_init_scale": 0.1},
     "aux": {"use_aux_loss": True, "use_router_z_loss": True, "router_use_full_prec": True},
-    "top1_softmax": {"top_k": 1, "gate": "softmax"},
-    "switch": {"use_switch_tfm_init": True, "switch_tfm_init_scale": 0.1},
-    "balance": {"use_bias_balance": True, "gate": "sigmoid"},
-    "shared": {"n_shared_exp": 1},
-    "dropless": {"train_capacity": math.inf},
+    "balance": {"use_bias_balance": True, "gate": "sigmoid", "n_shared_exp": 1},
     "noisy": {"use_noisy_top_k": True, "dropout": 0.1},  # noise belongs to the micro-batch, so even this agrees
     "narrow": {"n_exp": 8, "top_k": 4, "expert_hidden": "iso", "use_aux_loss": True, "gate_scale": 2.5},
     "quantile": {"use_quantile_balance": True, "gate": "sigmoid", "n_shared_exp": 1, "shared_expert_hidden": 24},
-    "sequence": {"use_aux_loss": True, "balance_scope": "sequence", "use_router_z_loss": True, "z_loss_on": "selected"},
+    "sequence": {"use_aux_loss": True, "balance_scope": "sequence", "use_router_z_loss": True, "z_loss_on": "selected",
+                 "top_k": 1, "gate": "softmax"},
     "frozen": {"freeze_router": True, "first_dense": 1, "use_noisy_top_k": True, "noise_scale": 0.4},
     "muon": {"optimizer": "muon", "n_shared_exp": 1},  # a dense block and one of experts
     "stability": {"n_exp": 1, "qk_norm": True, "output_z_loss_weight": 1e-2, "mlp_init": "switch"},
-}
+}  # fmt: skip
 SETTINGS = TINY_RUN | {"n_embd": 16, "B": 2, "max_steps": 9, "val_loss_steps": 3, "progress": "lines"}
 
 
-def launch(n, folder, runs, timeout=600):
+def launch(n, folder, runs):
     """The runs, one after the other, on n processes; their logs by name."""
+    folder.mkdir(exist_ok=True)
     runs = [SETTINGS | {"logs_dir": str(folder), "checkpoint_dir": str(folder)} | run for run in runs]
-    command = [*TORCHRUN, f"--nproc_per_node={n}", str(TESTS / "distributed_worker.py"), json.dumps(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in start(n, folder, runs):
+        _, said = rank.communicate()
+        assert rank.poll() == 0, said[-3000:]
     return {run["name"]: runlog.read(next(Path(folder).glob(f"log_{run['name']}_test_*.txt"))) for run in runs}
+
+
+def start(n, folder, runs):
+    """The n ranks, as torchrun would start them, which imports torch n + 1 times."""
+    meeting = folder / "meeting"
+    meeting.unlink(missing_ok=True)
+    words = (WORKER, json.dumps(runs), meeting.as_uri())
+    return [Forked(*words, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n)) for rank in range(n)]
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +61,13 @@ def alone(shards, tmp_path_factory):
     return launch(1, tmp_path_factory.mktemp("alone"), runs)
 
 
-@pytest.mark.parametrize("n", [2, 4])
-def test_n_processes_make_the_run_of_one(n, alone, shards, tmp_path):
-    runs = [{"name": name, "data_root": str(shards)} | variant for name, variant in VARIANTS.items()]
-    together = launch(n, tmp_path, runs)
-    for name in VARIANTS:
+FOUR = ("aux", "balance", "noisy", "quantile")  # what the ranks add up or draw
+
+
+@pytest.mark.parametrize("n, names", [(2, tuple(VARIANTS)), (4, FOUR)], ids=["2", "4"])
+def test_n_processes_make_the_run_of_one(n, names, alone, shards, tmp_path):
+    together = launch(n, tmp_path, [{"name": name, "data_root": str(shards)} | VARIANTS[name] for name in names])
+    for name in names:
         balance = [f"{split}{stat}_0" for split in ("", "val_") for stat in ("max_vio", "drop_frac", "logit_std")]
         more = {"aux": ["val_bpb", *balance], "noisy": ["noise_std_0", *balance]}.get(name, [])
         more += {"aux_loss", "z_loss", "output_z_loss"} & set(alone[name])
@@ -121,8 +130,8 @@ def test_ranks_end_without_shutting_python_down(shards, tmp_path):
     (tmp_path / "watched.py").write_text(WATCHED)
     settings = SETTINGS | {"max_steps": 2, "data_root": str(shards), "logs_dir": str(tmp_path / "logs"),
                            "checkpoint_dir": str(tmp_path)}  # fmt: skip
-    command = [str(tmp_path / "watched.py"), str(TESTS.parent / "train_single_gpu.py"), str(tmp_path), *flags(settings)]
-    done = subprocess.run([*TORCHRUN, "--nproc_per_node=2", *command], capture_output=True, text=True, timeout=600)
+    command = [str(tmp_path / "watched.py"), str(TRAINER), str(tmp_path), *flags(settings)]
+    done = subprocess.run([*TORCHRUN, *command], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "step      1 | loss" in done.stdout and not (tmp_path / "shut_down").exists()
     (log,) = (tmp_path / "logs").glob("log_*.txt")
@@ -130,10 +139,11 @@ def test_ranks_end_without_shutting_python_down(shards, tmp_path):
 
 
 MEMORY = """
-import sys; sys.path.insert(0, sys.argv[1])
+import sys
 import torch, torch.distributed as dist, common
 from model import GPT, GPTConfig
-dist.init_process_group("gloo")
+rank, n = common.world()
+dist.init_process_group("gloo", init_method=sys.argv[1], rank=rank, world_size=n)
 model = GPT(GPTConfig(block_size=32, vocab_size=256, n_layer=2, n_head=2, n_embd=32, n_exp=64, stride=1))
 total = sum(p.numel() for p in model.parameters())
 common.shard(model)
@@ -144,22 +154,21 @@ optimizer.step()
 local = lambda tensors: sum(t.to_local().numel() for t in tensors)
 params = list(model.parameters())
 moments = [s for p in params for k, s in optimizer.state[p].items() if k != "step"]
-if dist.get_rank() == 0:
-    print(total, local(params), local(p.grad for p in params), local(moments))
+print(total, local(params), local(p.grad for p in params), local(moments))
 dist.destroy_process_group()
 common.exit_now(0)
 """
 
 
-@pytest.mark.parametrize("n", [4])
-def test_memory_of_a_sharded_rank_falls_as_one_over_n(n, tmp_path):
-    """n_exp 64: parameters, gradients and both moments of rank 0."""
-    script = tmp_path / "memory.py"
-    script.write_text(MEMORY)
-    command = [*TORCHRUN, f"--nproc_per_node={n}", str(script), str(TESTS.parent)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    total, params, grads, moments = map(int, done.stdout.split())
-    assert params == grads == moments / 2 == pytest.approx(total / n, rel=0.02)
+def test_memory_of_a_sharded_rank_falls_as_one_over_n(tmp_path):
+    """n_exp 64 on 4 ranks: parameters, gradients and both moments of each."""
+    (tmp_path / "memory.py").write_text(MEMORY)
+    words = (tmp_path / "memory.py", (tmp_path / "meeting").as_uri())
+    for rank in [Forked(*words, RANK=str(rank), WORLD_SIZE="4") for rank in range(4)]:
+        out, err = rank.communicate()
+        assert rank.poll() == 0, err[-3000:]
+        total, params, grads, moments = map(int, out.split())
+        assert params == grads == moments / 2 == pytest.approx(total / 4, rel=0.02)
 
 
 def test_balance_over_the_step_is_the_loss_of_the_whole_batch(shards, tmp_path):
@@ -177,9 +186,9 @@ def test_balance_over_the_step_is_the_loss_of_the_whole_batch(shards, tmp_path):
 
 
 def test_a_killed_rank_ends_the_job_and_it_can_be_resumed(shards, tmp_path):
-    common = {"name": "killed", "data_root": str(shards), "save_checkpoint_every": 5, "dist_timeout": 20}
+    common = {"name": "killed", "data_root": str(shards), "save_checkpoint_every": 5, "dist_timeout": 600}
     runs = [SETTINGS | common | {"max_steps": 100_000, "logs_dir": str(tmp_path), "checkpoint_dir": str(tmp_path)}]
-    command = [*TORCHRUN, "--nproc_per_node=2", str(TESTS / "distributed_worker.py"), json.dumps(runs)]
+    command = [*TORCHRUN, str(WORKER), json.dumps(runs), (tmp_path / "first").as_uri()]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while "step     12 | loss" not in job.stdout.readline():
         assert job.poll() is None
@@ -231,6 +240,7 @@ def test_two_nodes_of_which_one_dies_start_again_and_make_the_run_left_alone(sha
 def test_ranks_that_share_no_disk_resume_the_same_run(alone, shards, tmp_path):
     """Rank 0 loads, the others get step and weights from it, whatever lies in their own folder."""
     common = {"name": "moe", "data_root": str(shards), "save_checkpoint_every": 3, "keep_checkpoints": 9}
+    common |= VARIANTS["moe"]
     folders = {"checkpoint_dir": str(tmp_path / "{rank}"), "logs_dir": str(tmp_path)}
     launch(2, tmp_path, [common | folders])
     assert not (tmp_path / "1").exists()
@@ -242,21 +252,22 @@ def test_ranks_that_share_no_disk_resume_the_same_run(alone, shards, tmp_path):
     np.testing.assert_allclose(log["val"][1], alone["moe"]["val"][1], rtol=1e-5)
 
 
-@pytest.mark.parametrize("wrong, said", [
-    ({"max_lr": "fast"}, "error: Error parsing --max-lr"),
-    ({"data_root": "nowhere"}, "error: cannot read the folder nowhere"),
-], ids=str)  # fmt: skip
-def test_an_error_of_all_ranks_is_one_line(wrong, said, shards, tmp_path):
-    settings = SETTINGS | {"data_root": str(shards), "logs_dir": str(tmp_path)} | wrong
-    command = [*TORCHRUN, "--nproc_per_node=2", str(TESTS.parent / "train_single_gpu.py"), *flags(settings)]
+def test_an_error_of_all_ranks_is_one_line(shards, tmp_path):
+    settings = SETTINGS | {"data_root": "nowhere", "logs_dir": str(tmp_path)}
+    command = [*TORCHRUN, str(TRAINER), *flags(settings)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert next(line for line in done.stderr.splitlines() if line.startswith("error: ")).startswith(said)
-    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "in set_up" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and said[0].startswith("error: cannot read the folder nowhere")
+    assert done.returncode != 0 and "in set_up" not in done.stderr
+    ranks = [Forked(TRAINER, "--max_lr", "fast", RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    (_, first), (_, second) = [rank.communicate() for rank in ranks]
+    assert first.startswith("error: Error parsing --max-lr") and first.count("\n") == 1 and not second
+    assert [rank.poll() for rank in ranks] == [2, 2]
 
 
 def test_an_error_of_one_rank_ends_all_and_names_it(shards, tmp_path):
     (tmp_path / "0").symlink_to(shards)
-    settings = SETTINGS | {"data_root": str(tmp_path / "{rank}"), "logs_dir": str(tmp_path)}
-    command = [*TORCHRUN, "--nproc_per_node=2", str(TESTS / "distributed_worker.py"), json.dumps([settings])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode != 0 and f"rank 1: cannot read the folder {tmp_path / '1'}" in done.stderr
+    ranks = start(2, tmp_path, [SETTINGS | {"data_root": str(tmp_path / "{rank}"), "logs_dir": str(tmp_path)}])
+    said = [rank.communicate()[1] for rank in ranks]
+    assert all(rank.poll() for rank in ranks)
+    assert any(f"rank 1: cannot read the folder {tmp_path / '1'}" in text for text in said)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import flags
+from conftest import Forked
 
 import checkpoint
 import hf
@@ -373,7 +373,8 @@ def test_only_an_earlier_export_is_written_over(tmp_path):
 
 
 FULL_DISK = """
-import resource, sys, common, checkpoint
+import resource, sys
+import common, checkpoint
 from model import GPT, GPTConfig
 model = GPT(GPTConfig(block_size=24, vocab_size=61, n_layer=3, n_head=2, n_embd=16, n_exp=4))
 checkpoint.export_hf(model, sys.argv[1])
@@ -385,32 +386,38 @@ common.run(lambda: checkpoint.export_hf(model, sys.argv[2]))
 @pytest.mark.slow
 def test_a_full_disk_leaves_nothing_and_the_earlier_export_whole(tmp_path):
     """A limit on file size stands for the full disk: the same OSError at the same place."""
+    script = tmp_path / "full.py"
+    script.write_text(FULL_DISK)
     for target in ("out", "new"):
-        command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "out"), str(tmp_path / target)]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert result.returncode == 2 and result.stderr == f"error: cannot write {tmp_path / target}: File too large\n"
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        process = Forked(script, tmp_path / "out", tmp_path / target)
+        assert process.communicate()[1] == f"error: cannot write {tmp_path / target}: File too large\n"
+        assert process.wait() == 2 and sorted(path.name for path in tmp_path.iterdir()) == ["full.py", "out"]
         checkpoint.from_pretrained(tmp_path / "out")
 
 
 # -- the command
 
 
-def run_script(*arguments):
-    return subprocess.run(
-        [sys.executable, "checkpoint.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """main(module, *flags) is the output of the script, run in this process."""
+
+    def call(module, *flags):
+        monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, flags)])
+        module.main()
+        return capsys.readouterr().out
+
+    return call
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n_exp", [1, 4])
-def test_the_command_writes_model_tokenizer_and_card(tmp_path, n_exp):
+def test_the_command_writes_model_tokenizer_and_card(main, tmp_path, n_exp):
     model = random_model(vocab_size=50304, n_exp=n_exp)
     state = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), "step": 9, "tokenizer": "gpt2"}
     checkpoint.save(state, tmp_path / "run" / "step_000009.pt")
-    result = run_script("--checkpoint", tmp_path / "run", "--export_hf", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    assert ("trust_remote_code" in result.stdout) == (n_exp > 1) and "step 9" in result.stdout
+    said = main(checkpoint, "--checkpoint", tmp_path / "run", "--export_hf", tmp_path / "out")
+    assert ("trust_remote_code" in said) == (n_exp > 1) and "step 9" in said
     idx, theirs = torch.arange(12)[None], load(tmp_path / "out")
     assert_close(theirs(idx).logits, logits(model, idx))
     assert (type(theirs) is transformers.GPT2LMHeadModel) == (n_exp == 1)
@@ -444,7 +451,7 @@ def test_the_card_of_a_run_has_its_losses_data_and_settings(train, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_folder_continues_in_the_trainer_and_loads_without_the_repository(train, tmp_path):
+def test_a_folder_continues_in_the_trainer_and_loads_without_the_repository(train, main, tmp_path):
     assert train(max_steps=2)[0] == 0
     model, state = checkpoint.load_model(next(Path("checkpoints").iterdir()))
     checkpoint.export_hf(model, tmp_path / "out", state)
@@ -462,10 +469,4 @@ def test_a_folder_continues_in_the_trainer_and_loads_without_the_repository(trai
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert_close(torch.load(tmp_path / "logits.pt"), logits(model, torch.arange(12)[None]))
-    command = [
-        sys.executable,
-        "sample.py",
-        *flags({"init_from": tmp_path / "out", "prompt": "the", "max_new_tokens": 5}),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0 and "the" in done.stdout, done.stderr
+    assert "the" in main(sample, "--init_from", tmp_path / "out", "--prompt", "the", "--max_new_tokens", 5)

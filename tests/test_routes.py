@@ -4,7 +4,6 @@ import csv
 import dataclasses
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import Forked
 
 import checkpoint
 import routes
@@ -245,6 +245,7 @@ ALL_FILES = sorted(
 )
 
 
+@pytest.mark.slow
 def test_a_trained_run_becomes_page_and_tables(train, tmp_path, main):
     assert train(save_checkpoint_every=5, max_steps=10)[0] == 0
     first, last = sorted(tmp_path.glob("checkpoints/*/step_*.pt"))
@@ -284,10 +285,10 @@ def test_tables_survive_tokens_that_are_separators(main, tmp_path):
 
 @pytest.mark.slow
 def test_an_error_of_the_script_is_one_line_and_exit_code_2(tmp_path):
-    command = [sys.executable, "routes.py", "--checkpoint", save(tmp_path / "run", n_exp=1), "--out", tmp_path / "out"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 2 and result.stdout == ""
-    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    process = Forked(ROOT / "routes.py", "--checkpoint", save(tmp_path / "run", n_exp=1), "--out", tmp_path / "out")
+    out, err = process.communicate()
+    assert process.wait() == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -304,22 +305,31 @@ def page(tmp_path_factory):
 HOSTILE = "</script><script>alert(1)</script><!-- <b>&amp; ROUTES_DATA\n"
 
 
-def make_page(main, tmp_path, **settings):
+def make_page(folder, **settings):
     """(address of routes.html, its data) for a small model and two texts, one of them hostile."""
-    (tmp_path / "a.txt").write_text("Ünder the lighthouse, 1962.\n\n" * 30, encoding="utf-8")
-    (tmp_path / "<!--<script>b.txt").write_text(HOSTILE * 10, encoding="utf-8")
-    main("--checkpoint", save(tmp_path / "run", **settings), "--out", tmp_path / "out",
-         "--text", tmp_path / "a.txt", tmp_path / "<!--<script>b.txt")  # fmt: skip
-    path = tmp_path / "out" / "routes.html"
+    texts = [folder / "a.txt", folder / "<!--<script>b.txt"]
+    texts[0].write_text("Ünder the lighthouse, 1962.\n\n" * 30, encoding="utf-8")
+    texts[1].write_text(HOSTILE * 10, encoding="utf-8")
+    words = ["routes.py", "--checkpoint", save(folder / "run", **settings), "--out", folder / "out", "--text", *texts]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", list(map(str, words)))
+        routes.main()
+    path = folder / "out" / "routes.html"
     return path.as_uri(), data_of(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """The page of a model of 8 experts, top 2."""
+    return make_page(tmp_path_factory.mktemp("eight"))
 
 
 LOOKS = "spans.map(span => Number(span.dataset.e))"
 
 
 @pytest.mark.slow
-def test_the_page_draws_the_routes_and_its_controls_change_them(page, main, tmp_path):
-    url, data = make_page(main, tmp_path)
+def test_the_page_draws_the_routes_and_its_controls_change_them(page, eight):
+    url, data = eight
     page.open(url)
     assert page.js("document.title") == "Which expert takes which token"
     assert page.js(LOOKS) == [experts[0] for experts in data["experts"][0]]
@@ -349,8 +359,9 @@ def test_the_page_draws_the_routes_and_its_controls_change_them(page, main, tmp_
     assert {address for address in page.requests if address != "about:blank"} <= {url, url + "#layer=2"}
 
 
-def test_the_tables_of_the_page_follow_the_layer(page, main, tmp_path):
-    url, data = make_page(main, tmp_path)
+@pytest.mark.slow
+def test_the_tables_of_the_page_follow_the_layer(page, eight):
+    url, data = eight
     page.open(url)
     cells = "[...document.querySelectorAll('#shares tbody tr:first-child td')].slice(2).map(cell => cell.textContent)"
     for layer in (0, 2):
@@ -367,8 +378,8 @@ def test_the_tables_of_the_page_follow_the_layer(page, main, tmp_path):
 
 
 @pytest.mark.slow
-def test_pointing_at_a_token_shows_all_its_experts(page, main, tmp_path):
-    url, data = make_page(main, tmp_path)
+def test_pointing_at_a_token_shows_all_its_experts(page, eight):
+    url, data = eight
     page.open(url)
     box = page.js("(box => [box.x + box.width / 2, box.y + box.height / 2])(spans[5].getBoundingClientRect())")
     page.point(*box)
@@ -381,8 +392,8 @@ def test_pointing_at_a_token_shows_all_its_experts(page, main, tmp_path):
 
 
 @pytest.mark.slow
-def test_64_experts_look_different_and_top_1_has_no_pairs(page, main, tmp_path):
-    url, _ = make_page(main, tmp_path, n_exp=64, top_k=1, gate="softmax")
+def test_64_experts_look_different_and_top_1_has_no_pairs(page, tmp_path):
+    url, _ = make_page(tmp_path, n_exp=64, top_k=1, gate="softmax")
     page.open(url)
     style = "(s => [s.backgroundColor, s.textDecorationLine, s.textDecorationStyle].join())(getComputedStyle(chip))"
     looks = page.js(f"[...document.querySelectorAll('#legend .chip')].map(chip => {style})")
@@ -393,9 +404,8 @@ def test_64_experts_look_different_and_top_1_has_no_pairs(page, main, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("width", [360, 1200])
 @pytest.mark.slow
-def test_the_page_fits_a_phone(page, main, tmp_path, width):
-    url, _ = make_page(main, tmp_path)
-    page.open(url, width, 800)
-    assert page.js("document.documentElement.scrollWidth") <= width
+def test_the_page_fits_a_phone(page, eight):
+    for width in (360, 1200):
+        page.open(eight[0], width, 800)
+        assert page.js("document.documentElement.scrollWidth") <= width

@@ -8,13 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RUN, flags, lines
+from conftest import TINY_RUN, Forked, flags, lines
 
 import checkpoint
 import common
@@ -31,8 +30,9 @@ ROOT = Path(trainer.__file__).parent
 NOISY = {"use_noisy_top_k": True, "use_aux_loss": True, "use_router_z_loss": True}
 
 
-def command(*more, **settings):
-    return [sys.executable, str(ROOT / "train_single_gpu.py"), *flags(TINY_RUN | settings), *more]
+def start(*more, **settings):
+    """A trainer in a process of its own."""
+    return Forked(ROOT / "train_single_gpu.py", *flags(TINY_RUN | settings), *more)
 
 
 def folder_of(run_id="test", **settings):
@@ -104,7 +104,8 @@ def test_names_are_the_published_ones(settings, name):
 
 
 def test_a_wrong_flag_exits_2():
-    done = subprocess.run(command("--n_expp", "3"), capture_output=True, text=True)
+    command = [sys.executable, str(ROOT / "train_single_gpu.py"), *flags(TINY_RUN), "--n_expp", "3"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "--n-exp" in done.stderr
 
@@ -127,11 +128,11 @@ GOLDEN = {  # every fourth train loss, then val at 0, 10, 20
 }
 
 
-@pytest.mark.parametrize("settings", [
-    {"n_exp": 1}, {"n_exp": 4}, {"n_exp": 4, "top_k": 1, "gate": "softmax"}, {"dtype": "bfloat16"},
-    {"optimizer": "adafactor", "max_lr": 0.3}, {"optimizer": "muon"}, {"use_bias_balance": True},
-    {"use_quantile_balance": True}, {"init_from": "scratch", "dropout": 0.1},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize("settings", [{"n_exp": 4}, *(pytest.param(settings, marks=pytest.mark.slow) for settings in [
+    {"n_exp": 1}, {"n_exp": 4, "top_k": 1, "gate": "softmax"}, {"dtype": "bfloat16"}, {"optimizer": "muon"},
+    {"optimizer": "adafactor", "max_lr": 0.3}, {"use_bias_balance": True}, {"use_quantile_balance": True},
+    {"init_from": "scratch", "dropout": 0.1},
+])], ids=str)  # fmt: skip
 def test_loss_falls(train, settings):
     _, streams = train(**{"max_steps": 60, "max_lr": 1e-2} | settings)
     val = streams["val"][1]
@@ -238,8 +239,9 @@ def test_same_seed_same_log_and_evaluation_leaves_no_trace(train):
 
 
 @pytest.mark.parametrize("settings", [
-    NOISY | {"dropout": 0.1}, {"n_exp": 1}, {"use_bias_balance": True, "sample_from_model_every": 3},
-    {"optimizer": "adafactor"}, {"optimizer": "muon", "use_aux_loss": True},
+    NOISY | {"dropout": 0.1}, *(pytest.param(settings, marks=pytest.mark.slow) for settings in [
+        {"n_exp": 1}, {"use_bias_balance": True, "sample_from_model_every": 3}, {"optimizer": "adafactor"},
+        {"optimizer": "muon", "use_aux_loss": True}])
 ], ids=str)  # fmt: skip
 def test_a_resumed_run_is_the_run_left_alone(train, settings):
     settings = settings | {"save_checkpoint_every": 3, "keep_checkpoints": 9}
@@ -297,17 +299,15 @@ def test_settings_that_differ_from_the_checkpoint(train, capsys):
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_run_goes_on(train, tmp_path, shards):
-    settings = {"max_steps": 400, "data_root": str(shards), "save_checkpoint_every": 1000, **NOISY}
-    process = subprocess.Popen(command(name="cut", **settings), stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("step     20 | loss"):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait(60) == 130 and "--resume auto" in rest
+    settings = {"max_steps": 100_000, "data_root": str(shards), "save_checkpoint_every": 100_000, **NOISY}
+    process = start(name="cut", **settings)
+    process.read_until("step     20 | loss")
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate()
+    assert process.poll() == 130 and "--resume auto" in rest
     (saved,) = Path("checkpoints/cut_test_seed_1337").glob("*.pt")
     stopped = int(saved.stem[5:])
-    assert 20 < stopped < 100
+    assert stopped > 20
     train(name="cut", resume="auto", **settings | {"max_steps": stopped + 10})
     train(name="left", **settings | {"max_steps": stopped + 10})
     cut, left = (runlog.read(log_of(name=name)) for name in ("cut", "left"))
@@ -318,24 +318,19 @@ def test_sigterm_saves_and_the_run_goes_on(train, tmp_path, shards):
 
 
 @pytest.mark.slow
-def test_two_runs_of_one_name_at_once(tmp_path, shards, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    first = subprocess.Popen(command(data_root=shards, max_steps=100_000), stdout=subprocess.PIPE, text=True)
+def test_two_runs_of_one_name_at_once(train, shards):
+    first = start(data_root=shards, max_steps=100_000, save_checkpoint_every=2)
     try:
-        while "step      1 | loss" not in first.stdout.readline():
-            assert first.poll() is None
-        second = subprocess.run(command(data_root=shards, resume="auto"), capture_output=True, text=True)
-        assert second.returncode == 2 and str(first.pid) in second.stderr and second.stderr.count("\n") == 1
+        first.read_until("step      3 | loss")
+        with pytest.raises(UserError, match=str(first.pid)) as error:
+            train(resume="auto")
+        assert "\n" not in str(error.value)
     finally:
         first.kill()
         first.communicate()
-    third = subprocess.Popen(
-        command(data_root=shards, resume="auto", max_steps=100_000), stdout=subprocess.PIPE, text=True
-    )
-    while "step      1 | loss" not in third.stdout.readline():  # the lock of the killed one is no obstacle
-        assert third.poll() is None
-    third.kill()
-    third.communicate()
+    steps = checkpoint.step_of(checkpoint.checkpoints(folder_of())[-1]) + 2
+    code, streams = train(resume="auto", max_steps=steps)  # the lock of the killed one is no obstacle
+    assert code == 0 and len(streams["train"][0]) == steps
 
 
 # -- divergence
@@ -425,12 +420,14 @@ def test_eval_only_prints_train_and_val_loss(train, shards, capsys):
     assert len(list(Path("logs").glob("*.txt"))) == 1  # that of the dense run
 
 
+@pytest.mark.slow
 def test_samples_come_from_the_model(train, capsys):
     train(sample_from_model_every=5, sample_prompt="the router ", max_steps=40, max_lr=1e-2)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 40 sample")]
     assert len(said) == 4 and all("the router " in line for line in said)
 
 
+@pytest.mark.slow
 def test_hellaswag_stream(train, tmp_path):
     row = {"ind": 0, "ctx": "the router", "label": 1, "endings": ["zzzz qqqq", "sends a token", "!!!!", "@@@@"]}
     Path("rows.jsonl").write_text("".join(json.dumps(row | {"ind": i}) + "\n" for i in range(6)))
@@ -442,6 +439,7 @@ def test_hellaswag_stream(train, tmp_path):
     assert plain["train"][1].tolist() == streams["train"][1].tolist()
 
 
+@pytest.mark.slow
 def test_wandb_offline(train, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -455,12 +453,8 @@ def test_shards_that_change_under_a_running_job(train, shards, tmp_path):
     copy.mkdir()
     for path in shards.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
-    process = subprocess.Popen(command(data_root=copy, max_steps=100_000), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)  # fmt: skip
-    while "step      1 | loss" not in process.stdout.readline():
-        assert process.poll() is None
+    process = start(data_root=copy, max_steps=100_000)
+    process.read_until("step      1 | loss")
     os.truncate(copy / "words_train_000001.npy", 1000)
-    started = time.time()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 2 and said.startswith("error: ") and "words_train_000001.npy" in said
-    assert time.time() - started < 60
+    _, said = process.communicate()
+    assert process.poll() == 2 and said.startswith("error: ") and "words_train_000001.npy" in said
