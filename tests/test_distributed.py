@@ -210,7 +210,7 @@ def start_nodes(folder, settings):
     runs = json.dumps([SETTINGS | {"logs_dir": str(folder), "checkpoint_dir": str(folder)} | settings])
     return [
         subprocess.Popen(
-            [*command, f"--node_rank={node}", str(TESTS / "distributed_worker.py"), runs],
+            [*command, f"--node_rank={node}", str(WORKER), runs, "env://"],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for node in (0, 1)

@@ -289,7 +289,7 @@ def test_the_script_is_run_as_one(tmp_path):
     assert done.returncode == 0 and "3.0000" in done.stdout, done.stderr
 
 
-def test_the_command_line_skips_an_odd_log_and_says_so(command_line, tmp_path):
+def test_the_command_line_skips_an_odd_log_and_says_so(tmp_path):
     bad = write_log(tmp_path / "log_moe_a_seed_2.txt", ["1 \xff\n"])
     code, _, errors = call("runlog", bad)
     assert code == 2 and errors.count("\n") == 1 and "line 1" in errors
