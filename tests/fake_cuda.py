@@ -239,26 +239,26 @@ def watch_run(data_root, settings, parts=tuple(LIMITS), compiled=True):
 # Variants
 
 
-NUMBERS = {"first_dense", "use_switch_tfm_init", "switch_tfm_init_scale", "mlp_init", "gate_scale", "noise_scale",
-           "expert_hidden"}  # fmt: skip
+NUMBERS = {"first_dense", "use_switch_tfm_init", "switch_tfm_init_scale", "mlp_init", "mlp_init_scale", "gate_scale",
+           "noise_scale", "expert_hidden", "router_lr_scale", "router_weight_decay", "schedule"}  # fmt: skip
+MORE = {  # settings that no variant has, and several of dense models at once
+    "dense, rest": {"n_exp": 1, "bias": False, "dropout": 0.1, "qk_norm": True, "output_z_loss_weight": 1e-4},
+    "no bias, narrow": {"bias": False, "dropout": 0.1, "train_capacity": math.inf, "expert_hidden": 32},
+    "Muon, shared expert": {"optimizer": "muon", "n_shared_exp": 1},
+}
 
 
 def variants():
     """{name: settings} of the variants in sweep.py that differ in their graph, not in numbers and widths alone, and of
-    settings that no variant has. A variant whose settings are a part of another one's is left out.
+    MORE. One whose settings are a part of another one's is left out.
 
     Not Adafactor: torch's reads two norms per parameter.
     """
-    found = {}
+    found = dict(MORE)
     for variant in sweep.VARIANTS.values():
         settings = {name: value for name, value in variant.settings.items() if name not in NUMBERS}
         found |= {variant.name: settings} if settings not in found.values() else {}
-    found = {name: x for name, x in found.items() if not any(x.items() < other.items() for other in found.values())}
-    return found | {
-        "dense, rest": {"n_exp": 1, "bias": False, "dropout": 0.1, "qk_norm": True, "output_z_loss_weight": 1e-4},
-        "no bias, narrow": {"bias": False, "dropout": 0.1, "train_capacity": math.inf, "expert_hidden": 32},
-        "muon": {"optimizer": "muon", "n_shared_exp": 1},
-    }
+    return {name: x for name, x in found.items() if not any(x.items() < other.items() for other in found.values())}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ found a whole checkpoint and the two logs are equal, line for line, but for the 
 import contextlib
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import torch.distributed.run
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import conftest  # noqa: E402
@@ -51,13 +51,16 @@ def torture(folder, kills, rng, ranks=1):
         "save_checkpoint_every": 1, "use_noisy_top_k": True, "use_aux_loss": True, "dropout": 0.1,
         "logs_dir": folder, "checkpoint_dir": folder, "n_embd": 128, "progress": "lines",
     }  # fmt: skip
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launcher, TRAINER, *conftest.flags(settings), *["--fsdp"][: ranks - 1]]
-    subprocess.run([*command, "--name", "left"], check=True, stdout=subprocess.DEVNULL)
-    command += ["--name", "killed", "--resume", "auto"]
+    words = [TRAINER, *conftest.flags(settings), *["--fsdp"][: ranks - 1]]
+    if ranks > 1:
+        words = [torch.distributed.run.__file__, "--standalone", f"--nproc_per_node={ranks}", *words]
+    left = conftest.Forked(*words, "--name", "left")
+    said = left.communicate()
+    assert left.poll() == 0, said
+    words += ["--name", "killed", "--resume", "auto"]
     home, killed, mid_write, lived = folder / "killed_test_seed_1337", 0, 0, []
     while True:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        process = conftest.Forked(*words)
         ended = any(wait_for_step(process) for _ in range(rng.randint(1, 3) if ranks > 1 else 1))
         if not ended and killed < kills:
             time.sleep(rng.uniform(0, 0.4))
@@ -65,10 +68,10 @@ def torture(folder, kills, rng, ranks=1):
                 time.sleep(0.001)
             kill(process)
             killed += 1
-        said = process.communicate()[0]
-        assert process.returncode in (0, -9), said[-2000:]
+        said = process.communicate()[1]
+        assert process.poll() in (0, -9), said[-2000:]
         mid_write += any(half_written(home))
-        if process.returncode == 0:
+        if process.poll() == 0:
             break
         path, state = checkpoint.load_newest(home)
         lived.append(state["step"] if path else 0)

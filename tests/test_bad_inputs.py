@@ -361,6 +361,7 @@ def test_there_are_200():
     assert len({row[:3] for row in TABLE}) == len(TABLE) >= 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script, base, words, said", TABLE, ids=[f"{row[0].__name__} {row[2]:.60}" for row in TABLE])
 def test_a_wrong_input_is_one_line_and_exit_code_2(folder, this_process, script, base, words, said):
     if "are free" in said and common.free_memory(torch.device("cpu")) == math.inf:

@@ -152,6 +152,7 @@ SKIPPED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SKIPPED, ids=str)
 def test_a_skipped_step_leaks_nothing(train, monkeypatch, settings):
     """After step 3 was skipped the run is the one of a process that starts there, with empty buffers."""

@@ -126,17 +126,17 @@ def test_no_time(start, tmp_path):
 @pytest.mark.slow
 def test_killed_after_two_parts(start, tmp_path):
     """Both are whole, and no process is left behind."""
-    process = start(tmp_path, 60)
-    while not (tmp_path / NAMES[2]).exists():
+    process = start(tmp_path, 60, "--parts", "machine", "data", "train")
+    while not (tmp_path / NAMES[4]).exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     children = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()
     assert not psutil.wait_procs(children, timeout=600)[1]
-    for part in ("machine", "correct"):
+    for part in ("machine", "data"):
         assert load(tmp_path, part)["status"] == "done"
-    assert list(json.loads((tmp_path / "report.json").read_text())["parts"]) == ["machine", "correct"]
+    assert list(json.loads((tmp_path / "report.json").read_text())["parts"]) == ["machine", "data"]
 
 
 # -- a part that fails
@@ -163,6 +163,7 @@ def raising(error):
     return function
 
 
+@pytest.mark.slow
 def test_sections_after_one_that_fails_still_run(tmp_path, monkeypatch):
     sections = [("a", rows(1)), ("b", raising(ValueError("broken\nin two"))), ("c", raising(UserError("no data"))),
                 ("d", raising(torch.OutOfMemoryError("CUDA out of memory"))), ("e", rows(2))]  # fmt: skip
@@ -184,6 +185,7 @@ def test_a_part_that_dies_keeps_its_sections(tmp_path, monkeypatch):
     assert list(report.failures({"parts": {"step": found}})) == ["step: died with exit code -9: b"]
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended(tmp_path, monkeypatch):
     found = run_part(tmp_path, monkeypatch, [("hang", lambda: time.sleep(3600))], seconds=1.0)
     assert found["status"].startswith("stopped at its time limit")

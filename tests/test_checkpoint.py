@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Forked
 
 import checkpoint
 from common import UserError
@@ -113,6 +114,7 @@ def test_values_that_load_refuses_are_not_saved(tmp_path, value):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_flipped_bytes_are_found(tmp_path):
     """A flip anywhere is an error, or (in padding, in a date) changes nothing that is loaded."""
     path = tmp_path / "step_000001.pt"
@@ -347,6 +349,7 @@ saver.save({"step": 6}, path(6))  # the process ends without waiting
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_oserror_and_leaves_the_older_checkpoint(tmp_path):
     """A limit on file size stands for the full disk: the same OSError at the same places."""
     result = subprocess.run(
@@ -478,8 +481,8 @@ from common import UserError
 from test_checkpoint import MOE, adafactor, adamw, equal, small_model, train_step
 
 torch.set_num_threads(1)
-dist.init_process_group("gloo")
-rank = dist.get_rank()
+rank, world_size = common.world()
+dist.init_process_group("gloo", init_method=sys.argv[5], rank=rank, world_size=world_size)
 reference = checkpoint.load(sys.argv[3])
 for make, sharded in ((adamw, False), (adafactor, False), (adamw, True)):
     model = small_model(seed=5 + rank, **MOE)
@@ -535,12 +538,12 @@ def test_ranks_and_shards_take_the_state_of_rank_0_and_give_it_back(tmp_path):
         states[make.__name__] = checkpoint.get_state(model, optimizer)
     checkpoint.save(states, tmp_path / "a.pt")
     (tmp_path / "ranks.py").write_text(RANKS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "ranks.py"), str(ROOT), str(ROOT / "tests"), str(tmp_path / "a.pt"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = "the state in a does not fit this run: model transformer.wte.weight is missing"
-    assert sorted(done.stdout.splitlines()) == [f"rank {rank}: {said}" for rank in (0, 1)]
+    words = (tmp_path / "ranks.py", ROOT, ROOT / "tests", tmp_path / "a.pt", tmp_path, (tmp_path / "meeting").as_uri())
+    ranks = [Forked(*words, RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
+    for i, rank in enumerate(ranks):
+        out, errors = rank.communicate()
+        assert rank.poll() == 0, errors[-3000:]
+        assert out == f"rank {i}: the state in a does not fit this run: model transformer.wte.weight is missing\n"
     for step in (1, 2):  # written by two ranks, read by one process
         state = checkpoint.load(tmp_path / f"step_00000{step}", ("model", "optimizer"))
         assert {path.name for path in (tmp_path / f"step_00000{step}").iterdir()} == {
@@ -651,6 +654,7 @@ def test_a_damaged_set_gives_way_and_is_written_again(tmp_path, capsys):
     assert not (tmp_path / "step_000001").exists()
 
 
+@pytest.mark.slow
 def test_flipped_bytes_of_a_set_are_found(tmp_path):
     path = tmp_path / "step_000001"
     write_set(path, n_layer=1)
@@ -694,6 +698,7 @@ def test_a_crafted_set_executes_nothing(tmp_path):
     assert not marker.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [
     {"shape": (2**40,)}, {"shape": (-16,)}, {"dtype": "load"}, {"dtype": 3}, {"chunks": []},
     {"chunks": 5}, {"chunks": [((0,), (16,), "../part", 0, 2000)]}, {"chunks": [((0,), (16,), "part", -5, 2000)]},
@@ -756,6 +761,7 @@ for step, limit, background in ((1, -1, True), (2, 50_000, False), (3, 50_000, T
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_older_set_and_no_parts(tmp_path):
     result = subprocess.run(
         [sys.executable, "-c", FULL_DISK_FOR_A_SET, str(tmp_path)],
@@ -796,6 +802,7 @@ MISFITS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", MISFITS)
 def test_a_state_that_does_not_fit_is_named(tmp_path, change):
     path = tmp_path / "step_000001.pt"
@@ -829,6 +836,7 @@ def random_gpt2(folder, **shape):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gpt2_folders_read_as_transformers_reads_them(tmp_path, shape):
     theirs = random_gpt2(tmp_path, **shape)

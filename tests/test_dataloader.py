@@ -420,6 +420,7 @@ def test_bad_input_is_one_line_naming_file_and_remedy(data, case):
     assert "\n" not in message and "or;" not in message
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_a_header_never_ends_in_a_traceback(tmp_path):
     path, refused = tmp_path / FIRST, 0
     write_npy(path, np.arange(200))
@@ -468,6 +469,7 @@ def test_a_shard_lost_under_a_running_job_is_an_error(tmp_path, suffix, fault, w
 # ---------------------------------------------------------------- memory, files, threads
 
 
+@pytest.mark.slow
 def test_reading_a_50_MB_shard_does_not_take_its_memory(tmp_path):
     write_npy(tmp_path / FIRST, np.arange(25_000_000) % 50257)
     process = psutil.Process()
@@ -481,6 +483,7 @@ def test_reading_a_50_MB_shard_does_not_take_its_memory(tmp_path):
     assert process.num_fds() <= files + 2
 
 
+@pytest.mark.slow
 def test_a_script_that_reads_ahead_ends_by_itself(data):
     script = f"import dataloader; dataloader.DataLoader({str(data)!r}, 'train', 3, 8).next_batch(); raise SystemExit(7)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=600, capture_output=True, text=True)

@@ -4,13 +4,12 @@ import json
 import math
 import re
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import torch.distributed.run
 from conftest import TINY_RUN, Forked, flags, lines
 
 import checkpoint
@@ -19,7 +18,8 @@ import runlog
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent
 WORKER, TRAINER = TESTS / "distributed_worker.py", TESTS.parent / "train_single_gpu.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+TORCHRUN = torch.distributed.run.__file__  # a path, for Forked
+TWO = ("--standalone", "--nproc_per_node=2")
 VARIANTS = {
     "no_moe": {"n_exp": 1},
     "moe": {"train_capacity": math.inf, "use_switch_tfm_init": True, "switch_tfm_init_scale": 0.1},
@@ -130,10 +130,10 @@ def test_ranks_end_without_shutting_python_down(shards, tmp_path):
     (tmp_path / "watched.py").write_text(WATCHED)
     settings = SETTINGS | {"max_steps": 2, "data_root": str(shards), "logs_dir": str(tmp_path / "logs"),
                            "checkpoint_dir": str(tmp_path)}  # fmt: skip
-    command = [str(tmp_path / "watched.py"), str(TRAINER), str(tmp_path), *flags(settings)]
-    done = subprocess.run([*TORCHRUN, *command], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "step      1 | loss" in done.stdout and not (tmp_path / "shut_down").exists()
+    job = Forked(TORCHRUN, *TWO, tmp_path / "watched.py", TRAINER, tmp_path, *flags(settings))
+    out, errors = job.communicate()
+    assert job.poll() == 0, errors[-3000:]
+    assert "step      1 | loss" in out and not (tmp_path / "shut_down").exists()
     (log,) = (tmp_path / "logs").glob("log_*.txt")
     assert runlog.read(log)["val"][0][-1] == 2
 
@@ -188,13 +188,11 @@ def test_balance_over_the_step_is_the_loss_of_the_whole_batch(shards, tmp_path):
 def test_a_killed_rank_ends_the_job_and_it_can_be_resumed(shards, tmp_path):
     common = {"name": "killed", "data_root": str(shards), "save_checkpoint_every": 5, "dist_timeout": 600}
     runs = [SETTINGS | common | {"max_steps": 100_000, "logs_dir": str(tmp_path), "checkpoint_dir": str(tmp_path)}]
-    command = [*TORCHRUN, str(WORKER), json.dumps(runs), (tmp_path / "first").as_uri()]
-    job = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "step     12 | loss" not in job.stdout.readline():
-        assert job.poll() is None
+    job = Forked(TORCHRUN, *TWO, WORKER, json.dumps(runs), (tmp_path / "first").as_uri())
+    job.read_until("step     12 | loss")
     psutil.Process(job.pid).children()[-1].kill()
-    _, said = job.communicate(timeout=600)
-    assert job.returncode != 0
+    _, said = job.communicate()
+    assert job.poll() != 0
     assert re.search(r"Signal 9|SIGKILL|exitcode.*-9", said)
     (log,) = launch(2, tmp_path, [common | {"resume": "auto", "max_steps": 30}]).values()
     assert log["train"][0].tolist()[:10] == list(range(10)) and log["train"][0][-1] >= 9
@@ -205,34 +203,25 @@ def start_nodes(folder, settings):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    words = (TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
     runs = json.dumps([SETTINGS | {"logs_dir": str(folder), "checkpoint_dir": str(folder)} | settings])
-    return [
-        subprocess.Popen(
-            [*command, f"--node_rank={node}", str(WORKER), runs, "env://"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for node in (0, 1)
-    ]  # fmt: skip
+    return [Forked(*words, f"--master_port={port}", f"--node_rank={node}", WORKER, runs, "env://") for node in (0, 1)]
 
 
 def test_two_nodes_of_which_one_dies_start_again_and_make_the_run_left_alone(shards, tmp_path):
-    common = {"name": "nodes", "data_root": str(shards), "save_checkpoint_every": 5, "max_steps": 100, "fsdp": True,
-              "val_loss_every": 50, "dist_timeout": 20, "resume": "auto"}  # fmt: skip
+    common = {"name": "nodes", "data_root": str(shards), "save_checkpoint_every": 5, "max_steps": 40, "fsdp": True,
+              "val_loss_every": 20, "dist_timeout": 20, "resume": "auto"}  # fmt: skip
     launch(2, tmp_path / "alone", [common])
     nodes = start_nodes(tmp_path / "nodes", common)
-    while "step     12 | loss" not in nodes[0].stdout.readline():
-        assert nodes[0].poll() is None
+    nodes[0].read_until("step     12 | loss")
     for process in [*psutil.Process(nodes[1].pid).children(), nodes[1]]:
         process.kill()
-    said = nodes[0].communicate(timeout=600)[0]
-    nodes[1].communicate(timeout=600)
-    assert nodes[0].returncode != 0 and re.search("Connection (closed|reset) by peer|Broken pipe|timed out", said), said
+    (_, said), _ = [node.communicate() for node in nodes]
+    assert nodes[0].poll() and re.search("Connection (closed|reset) by peer|Broken pipe|timed out", said), said
     nodes = start_nodes(tmp_path / "nodes", common)
     for node in nodes:
-        said = node.communicate(timeout=600)[0]
-        assert node.returncode == 0, said[-3000:]
+        _, said = node.communicate()
+        assert node.poll() == 0, said[-3000:]
     alone, killed = (lines(tmp_path / name / "log_nodes_test_seed_1337.txt") for name in ("alone", "nodes"))
     assert killed == alone
 
@@ -254,11 +243,11 @@ def test_ranks_that_share_no_disk_resume_the_same_run(alone, shards, tmp_path):
 
 def test_an_error_of_all_ranks_is_one_line(shards, tmp_path):
     settings = SETTINGS | {"data_root": "nowhere", "logs_dir": str(tmp_path)}
-    command = [*TORCHRUN, str(TRAINER), *flags(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    job = Forked(TORCHRUN, *TWO, TRAINER, *flags(settings))
+    _, errors = job.communicate()
+    said = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and said[0].startswith("error: cannot read the folder nowhere")
-    assert done.returncode != 0 and "in set_up" not in done.stderr
+    assert job.poll() != 0 and "in set_up" not in errors
     ranks = [Forked(TRAINER, "--max_lr", "fast", RANK=str(rank), WORLD_SIZE="2") for rank in range(2)]
     (_, first), (_, second) = [rank.communicate() for rank in ranks]
     assert first.startswith("error: Error parsing --max-lr") and first.count("\n") == 1 and not second

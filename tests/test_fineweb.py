@@ -188,6 +188,7 @@ def test_chunks_of_a_file_make_no_difference():
     assert "".join(piece for _, piece in whole) == text
 
 
+@pytest.mark.slow
 def test_a_long_document_takes_linear_time(tmp_path):
     """32 MB as one line take as long as in 32 lines. Copying the rest at each block would take 15 times longer."""
     word, paths = "some words and " * 70_000, {"one": tmp_path / "one.jsonl", "many": tmp_path / "many.jsonl"}
@@ -229,6 +230,7 @@ def test_character_across_blocks(tmp_path):
 # Shards
 
 
+@pytest.mark.slow
 def test_shard_sizes_and_val_fraction(tmp_path, monkeypatch):
     texts = prose(400)
     path = write_jsonl(tmp_path / "a.jsonl", texts)
@@ -251,6 +253,7 @@ def test_shard_sizes_and_val_fraction(tmp_path, monkeypatch):
     assert meta(tmp_path / "most")["shards"][0]["tokens"] == 1000  # never more than a shard
 
 
+@pytest.mark.slow
 def test_max_tokens(tmp_path, monkeypatch):
     texts = prose(300)
     path = write_jsonl(tmp_path / "a.jsonl", texts)
@@ -267,6 +270,7 @@ def test_one_document_makes_val_and_train(tmp_path, monkeypatch):
     assert val / (val + train) == pytest.approx(0.1, rel=0.01)
 
 
+@pytest.mark.slow
 def test_workers_make_no_difference(tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb, "PIECE", 20_000)  # so that there are many batches; the workers are forked
     path = write_jsonl(tmp_path / "a.jsonl", prose(1000))
@@ -277,6 +281,7 @@ def test_workers_make_no_difference(tmp_path, monkeypatch):
     assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform, method", [("linux", "fork"), ("darwin", "spawn")])
 def test_tokenize_in_order(platform, method, monkeypatch):
     """Workers are forked on Linux alone."""
@@ -464,6 +469,7 @@ def test_finished_folder_is_left_alone(tmp_path, stdlib_shards):
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "a.jsonl", prose(50))
     flags = ("--files", path, "--out", tmp_path / "out", "--shard_size", 5000)
@@ -651,6 +657,7 @@ def test_parquet_that_is_not_utf8(tmp_path, monkeypatch):
     assert "one of: body" in refused(monkeypatch, "--files", tmp_path / "b.parquet", "--out", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_disk_full(tmp_path, monkeypatch):
     """A limit on file size stands in for the full disk: it fails in the same place, a write, with an OSError."""
     path = write_jsonl(tmp_path / "a.jsonl", prose(400))

@@ -92,6 +92,7 @@ def losses_of(model, examples, **options):
 # ---- the numbers of a plain implementation
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [1024, 60, 30, 2])
 @pytest.mark.parametrize("build", [tiny, overflowing_moe])
 def test_losses_are_those_of_one_by_one(build, block_size):
@@ -296,6 +297,7 @@ def test_the_file_is_downloaded_once(tmp_path, monkeypatch, server):
     assert [path.name for path in hellaswag.PATH.parent.iterdir()] == [hellaswag.PATH.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["missing", "torn", "nobody"])
 def test_a_failed_download_leaves_nothing_and_names_the_flag(tmp_path, monkeypatch, server, name):
     monkeypatch.chdir(tmp_path)

@@ -86,6 +86,7 @@ def assert_close(given, wanted, tolerance=1e-5):
 # -- the same function
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", VARIANTS)
 def test_an_exported_moe_has_our_logits_in_transformers_and_here(tmp_path, fields):
     model, theirs = exported(tmp_path / "out", **fields)
@@ -205,6 +206,7 @@ def values(output):
     }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_arguments_mean_the_same_as_for_gpt2(pair, arguments):
@@ -260,6 +262,7 @@ def test_a_new_model_and_a_longer_vocabulary_are_usable(tmp_path):
 # -- text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, BALANCED, {"top_k": 1, "stride": 1, "bias": False}])
 def test_greedy_text_is_that_of_sample(tmp_path, fields):
     model, theirs = exported(tmp_path / "out", **fields)

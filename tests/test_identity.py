@@ -155,6 +155,7 @@ def test_resume_auto_without_a_checkpoint_keeps_the_log(train, capsys):
     assert f"kept as {log_of()}.1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resume_auto_takes_no_variant_with_a_longer_name(train):
     train(name="moe", run_id="20250101", max_steps=4)
     train(name="moe_noisy_top_k", use_noisy_top_k=True, run_id="20250102", max_steps=4)
@@ -197,6 +198,7 @@ def test_settings_that_may_change_take_effect_and_are_recorded(train):
     assert record_of()["changes"] == [change, {"step": 6, "settings": {"max_steps": 8}}]
 
 
+@pytest.mark.slow
 def test_a_changed_weight_decay_reaches_the_optimizer(train):
     """From one checkpoint, with and without the change: the next steps differ."""
     for name in ("a", "b"):
@@ -216,6 +218,7 @@ def test_a_resume_that_takes_no_step_changes_nothing(train, capsys):
     assert "this run is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_branch_is_a_run_of_its_own(train):
     train(name="a", max_steps=6, save_checkpoint_every=3)
     path = "checkpoints/a_test_seed_1337/step_000003.pt"
@@ -230,6 +233,7 @@ def test_a_branch_is_a_run_of_its_own(train):
     assert runlog.read(log_of(run_id="fork"))["train"][0].tolist() == [3, 4, 5, 6, 7]
 
 
+@pytest.mark.slow
 def test_branches_of_several_seeds_are_one_group(train):
     for seed in (1, 2):
         train(name="a", n_exp=1, seed=seed, data_seed=seed, max_steps=2)
@@ -240,6 +244,7 @@ def test_branches_of_several_seeds_are_one_group(train):
     assert sorted(map(sorted, groups)) == [[("fork", 1), ("fork", 2)], [("other", 3)], [("test", 1), ("test", 2)]]
 
 
+@pytest.mark.slow
 def test_eval_only_evaluates_the_run_it_is_told_to(train, shards, capsys):
     _, streams = train(name="a", max_steps=30, max_lr=1e-2)
     capsys.readouterr()
@@ -252,6 +257,7 @@ def test_eval_only_evaluates_the_run_it_is_told_to(train, shards, capsys):
 # -- weights from elsewhere
 
 
+@pytest.mark.slow
 def test_resuming_does_not_need_the_source_of_the_weights(train):
     train(name="source", max_steps=2)
     shutil.move("checkpoints/source_test_seed_1337", "source")
@@ -315,6 +321,7 @@ def test_a_run_of_skipped_steps_ends(train):
     assert len(streams["diverged"][0]) == 1
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_nothing_for_the_balance_bias(train, monkeypatch):
     """Steps 2 to 4 are not finite and dropped; resumed after them the log is that of the run left alone."""
     real = trainer.clip_gradients
@@ -458,6 +465,7 @@ def test_ctrl_c_while_torch_is_imported():
     assert process.returncode == common.INTERRUPTED and said == ""
 
 
+@pytest.mark.slow
 def test_an_interrupt_within_a_validation_is_answered_at_once(train, monkeypatch):
     """The validation is given up and made again on resume; the log is that of a run left alone."""
     real, calls = trainer.DataLoader.batch_at, []

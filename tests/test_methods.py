@@ -438,6 +438,7 @@ def test_slices_of_a_dense_mlp_compute_the_dense_function(settings, bias):
             assert torch.equal(moe.experts.c_fc[e].t(), rows[e % m])
 
 
+@pytest.mark.slow
 def test_an_upcycled_narrow_model_is_saved_and_trained_on(train):
     train(n_exp=1, max_steps=4, name="dense")
     source = "checkpoints/dense_test_seed_1337"
@@ -517,14 +518,11 @@ def test_the_z_loss_of_the_output_is_a_stream_and_not_in_val(train):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method, backend", [("step", "eager"), ("dense", "eager"), ("all", "aot_eager")])
-def test_one_graph_per_mode(method, backend):
-    """fullgraph raises at a graph break; gradients equal the eager ones."""
+def test_one_graph_per_mode():
+    """Of all methods at once; each alone: test_recompile.py. Gradients equal the eager ones."""
     torch._dynamo.reset()
-    extra = {"step": {"n_exp": 8, "use_aux_loss": True, "balance_scope": "step"},
-             "dense": {"qk_norm": True, "output_z_loss_weight": 0.1}}  # fmt: skip
-    model, eager = (make(**{"n_layer": 2} | METHODS.get(method, extra.get(method))) for _ in range(2))
-    counter = CompileCounterWithBackend(backend)
+    model, eager = (make(**{"n_layer": 2} | METHODS["all"]) for _ in range(2))
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for seed, training in enumerate((True, True, False, True)):
         for m, call in ((model, compiled), (eager, eager)):

@@ -63,6 +63,7 @@ def test_a_run_of_fixed_minutes_ends_by_the_clock_and_keeps_it_on_resume(train):
     assert code == 0 and again["hours"][1][len(hours) - 1] == hours[-1] < again["hours"][1][-1]
 
 
+@pytest.mark.slow
 def test_one_stable_run_decays_from_two_of_its_checkpoints(train):
     wsd = {"schedule": "wsd", "name": "a"}
     _, stable = train(**wsd, max_steps=40, save_checkpoint_every=10, keep_checkpoints=9)

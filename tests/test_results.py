@@ -62,6 +62,7 @@ def holds(folder, header, column, rows):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(RESULTS.parent)))
 def test_tables_of_variants(page):
     for headers, rows in tables(page):
@@ -86,11 +87,13 @@ def test_the_page_of_results_has_tables():
     assert tables(PAGES[0])
 
 
+@pytest.mark.slow
 def test_the_digest_and_the_tables_between_markers_are_those_of_the_logs():
     stale = [str(path) for path, text in digest.pages().items() if path.read_text("utf-8") != text]
     assert not stale, "run python digest.py"
 
 
+@pytest.mark.slow
 def test_a_table_between_markers_is_made_anew():
     folders = {"cpu_small": digest.groups_of(RESULTS / "cpu_small")}
     page = "before\n<!-- digest: cpu_small no_moe aux_only -->\nold\n<!-- end -->\nafter\n"

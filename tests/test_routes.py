@@ -274,6 +274,7 @@ def test_a_trained_run_becomes_page_and_tables(train, tmp_path, main):
     assert files_in(tmp_path / "out") == [name for name in ALL_FILES if "stability" not in name]
 
 
+@pytest.mark.slow
 def test_tables_survive_tokens_that_are_separators(main, tmp_path):
     (tmp_path / "text.txt").write_text("""a,b;"c"\n=1+1\t$x$\r\n""" * 10, encoding="utf-8")
     main("--checkpoint", save(tmp_path / "run"), "--text", tmp_path / "text.txt", "--out", tmp_path / "out")

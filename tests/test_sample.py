@@ -64,6 +64,7 @@ def logits_from_the_start(model, idx):
     return model(idx[:, -model.config.block_size :], dropless=True).logits[:, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt_length", [1, 5, 15, 16, 17, 40])
 @pytest.mark.parametrize("fields", VARIANTS)
 def test_logits_equal_those_of_full_recomputation(fields, prompt_length):

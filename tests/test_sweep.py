@@ -131,6 +131,7 @@ def run_with(settings, name="any name"):
     return runlog.Run(name, "a", 1, {}, {"settings": json.loads(json.dumps(settings)), "args": {}}, Path("log"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sweep.VARIANTS)
 @pytest.mark.parametrize("defaults", ["published", "edited"])
 def test_a_runs_variant_is_found_by_its_settings(name, defaults, request):
@@ -165,6 +166,7 @@ def test_the_variants_of_runs_from_before_identities_are_known(edited):
     assert "MoE, aux loss, router z loss, router full prec" in labels and len(labels) == 10
 
 
+@pytest.mark.slow
 def test_edited_defaults_change_neither_names_nor_variants(request):
     def look():
         jobs = make_jobs("--seeds", "1")
@@ -217,6 +219,7 @@ def test_dry_run(call, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_help_lists_the_variants_and_the_double_dash(tmp_path):
     out = start(tmp_path, "--help").communicate()[0]
     assert all(name in out for name in sweep.VARIANTS) and "What follows `--`" in out

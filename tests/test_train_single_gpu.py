@@ -103,6 +103,7 @@ def test_names_are_the_published_ones(settings, name):
     assert identity.run_name(trainer.Args(**settings)) == name
 
 
+@pytest.mark.slow
 def test_a_wrong_flag_exits_2():
     command = [sys.executable, str(ROOT / "train_single_gpu.py"), *flags(TINY_RUN), "--n_expp", "3"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -210,6 +211,7 @@ def test_val_is_cross_entropy_alone(train, shards):
     assert light["val"][1][-1] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_run(train):
     """A dense model: the loss over micro-batches is the loss of the big batch."""
     runs = [train(n_exp=1, B=B, run_id=f"b{B}")[1]["train"][1] for B in (8, 4, 1)]
@@ -225,6 +227,7 @@ def test_another_seed_is_another_run_on_the_same_data(train):
 # -- the same run again
 
 
+@pytest.mark.slow
 def test_same_seed_same_log_and_evaluation_leaves_no_trace(train):
     settings = NOISY | {"dropout": 0.1}
     train(**settings, name="a")
@@ -258,6 +261,7 @@ def test_a_resumed_run_is_the_run_left_alone(train, settings):
         assert lines(log_of(name="cut")) == lines(log_of(name="left"))
 
 
+@pytest.mark.slow
 def test_resume_by_path_and_without_a_run_id(train):
     train(name="a", max_steps=6, save_checkpoint_every=3)
     older = "checkpoints/a_test_seed_1337/step_000003.pt"
@@ -358,6 +362,7 @@ def test_steps_can_be_skipped(train):
     assert state["progress"]["skipped"] == len(skipped) > 0
 
 
+@pytest.mark.slow
 def test_a_spike_is_counted(train, monkeypatch):
     """A batch of unlike text in the middle of a learned one."""
     original, calls = DataLoader.next_batch, []
@@ -375,6 +380,7 @@ def test_a_spike_is_counted(train, monkeypatch):
 # -- around the loop
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_end_the_run_but_its_last_checkpoint_must_be_written(train, monkeypatch, capsys):
     written, real = [], checkpoint.save
 
@@ -400,6 +406,7 @@ def test_no_checkpoint_when_none_is_wanted(train):
     assert not Path("checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_init_from_a_dense_checkpoint_upcycles_it(train):
     train(n_exp=1, name="dense", max_steps=30, max_lr=1e-2)
     _, streams = train(n_exp=4, name="upcycled", init_from="checkpoints/dense_test_seed_1337", max_steps=1,
