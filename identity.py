@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypeVar
 
-from common import UserError, hints, metadata
+from common import UserError, check_writable, hints, lock, metadata
 from dataloader import fingerprint
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,6 +187,16 @@ SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd", "bias", "block_size")  # f
 # Fixed in a run, yet free in one that branches off another run's checkpoint.
 MAY_BRANCH = ("seed", "max_lr", "min_lr", "warmup_steps", "schedule", "decay_steps", "router_lr_scale",
               "router_weight_decay", "muon_lr", "init_from", "parent")  # fmt: skip
+
+
+def hold(args, paths, locks):
+    """Lock the log and the checkpoints of the run, each against any other run that would write it.
+
+    The lock of the checkpoints lies in their folder, so that `checkpoints/NAME*` matches folders alone.
+    """
+    check_writable(args.logs_dir, "--logs_dir")
+    for path in paths if args.save_checkpoint or args.resume else paths[:1]:
+        locks.enter_context(lock(path, "wait for it, or choose another --run_id"))
 
 
 def read_record(log_path):

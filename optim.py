@@ -57,3 +57,9 @@ def build_optimizer(model, args):
 def set_learning_rate(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def clip_gradients(model, grad_clip):
+    """Scale the gradients down to a norm of grad_clip; returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # under FSDP each rank holds a part

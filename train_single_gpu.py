@@ -236,7 +236,7 @@ def train_step(run):
             losses[name] = losses.get(name, 0.0) + value.detach() / micro_steps
         if raw_model.moe_layers():
             tables.append(raw_model.router_table())
-    norm = clip_gradients(raw_model, args.grad_clip)
+    norm = optim.clip_gradients(raw_model, args.grad_clip)
     optim.set_learning_rate(run.optimizer, optim.learning_rate(step, args, run.progress.clock))
     flags = [run.stop.requested or run.log.error is not None, is_late(run), run.progress.hours]
     losses, grad_norm, (stop, late, clock), table = collect(losses, norm, flags, tables, machine)
@@ -260,11 +260,6 @@ def sync_gradients(run, last):
         run.model.set_requires_gradient_sync(last)
     elif run.machine.world_size > 1:
         run.model.require_backward_grad_sync = last  # DDP's no_sync() sets the same
-
-
-def clip_gradients(model, grad_clip):
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # under FSDP each rank holds a part
 
 
 def collect(losses, norm, flags, tables, machine):
@@ -541,7 +536,7 @@ def run(args):
         log_path = runlog.log_path(args.logs_dir, args.name, args.run_id, args.seed)
     folder = Path(args.checkpoint_dir) / stem
     with contextlib.ExitStack() as locks:
-        common.together(lambda: machine.is_main and hold(args, [log_path, folder / "writer"], locks), machine)
+        common.together(lambda: machine.is_main and identity.hold(args, [log_path, folder / "writer"], locks), machine)
         run = set_up(args, machine, stem, log_path, folder, logger.Console(args, machine))
         try:
             return train(run)
@@ -549,16 +544,6 @@ def run(args):
             run.saver.wait()
             run.console.close()
             run.log.close()
-
-
-def hold(args, paths, locks):
-    """Lock the log and the checkpoints of the run, each against any other run that would write it.
-
-    The lock of the checkpoints lies in their folder, so that `checkpoints/NAME*` matches folders alone.
-    """
-    common.check_writable(args.logs_dir, "--logs_dir")
-    for path in paths if args.save_checkpoint or args.resume else paths[:1]:
-        locks.enter_context(common.lock(path, "wait for it, or choose another --run_id"))
 
 
 def main():

@@ -9,6 +9,7 @@ from conftest import lines
 
 import balance
 import checkpoint
+import optim
 import runlog
 import train_single_gpu as trainer
 from model import GPT, GPTConfig
@@ -156,13 +157,13 @@ SKIPPED = [
 @pytest.mark.parametrize("settings", SKIPPED, ids=str)
 def test_a_skipped_step_leaks_nothing(train, monkeypatch, settings):
     """After step 3 was skipped the run is the one of a process that starts there, with empty buffers."""
-    real, calls = trainer.clip_gradients, []
+    real, calls = optim.clip_gradients, []
 
     def clip(model, grad_clip):
         calls.append(1)
         return real(model, grad_clip) * (math.inf if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(trainer, "clip_gradients", clip)
+    monkeypatch.setattr(optim, "clip_gradients", clip)
     settings = settings | {"on_nonfinite": "skip", "save_checkpoint_every": 1, "keep_checkpoints": 99}
     for name in ("left", "cut"):
         calls.clear()

@@ -18,6 +18,7 @@ import checks
 import common
 import compare
 import identity
+import optim
 import runlog
 import train_single_gpu as trainer
 from common import UserError
@@ -324,7 +325,7 @@ def test_a_run_of_skipped_steps_ends(train):
 @pytest.mark.slow
 def test_a_skipped_step_leaves_nothing_for_the_balance_bias(train, monkeypatch):
     """Steps 2 to 4 are not finite and dropped; resumed after them the log is that of the run left alone."""
-    real = trainer.clip_gradients
+    real = optim.clip_gradients
 
     def train_with_skips(first, **settings):
         steps = iter(range(first, 100))
@@ -332,7 +333,7 @@ def test_a_skipped_step_leaves_nothing_for_the_balance_bias(train, monkeypatch):
         def clip(model, grad_clip):
             return real(model, grad_clip) * (float("nan") if next(steps) in (2, 3, 4) else 1)
 
-        monkeypatch.setattr(trainer, "clip_gradients", clip)
+        monkeypatch.setattr(optim, "clip_gradients", clip)
         train(use_bias_balance=True, bias_balance_rate=0.1, on_nonfinite="skip", save_checkpoint_every=5, **settings)
 
     train_with_skips(name="left", first=0)
