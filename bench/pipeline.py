@@ -1,5 +1,6 @@
 """`tokenize`, `loader`, `hellaswag`, `sample`: data, evaluation and text, against the baselines as published."""
 
+import copy
 import functools
 import multiprocessing
 import sysconfig
@@ -159,14 +160,20 @@ def bench_hellaswag(args, dtype):
 def bench_sample(args, dtype):
     """Greedy text from a prompt of 8 tokens: with the key/value cache, and with the prefix computed again per token.
 
-    `published` is the latter with one-hot dispatch, as in nanoMoE. Its capacity drops tokens, so its text may differ.
+    The cache's weights are stored as sample.py stores them, the others' as in training. `published` is the latter with
+    one-hot dispatch, as in nanoMoE. Its capacity drops tokens, so its text may differ.
     """
     dense, top2, one_hot = (build_model(args, name).eval() for name in ("dense", "top2", "one_hot"))
+    stored = copy.deepcopy((dense, top2))
+    if args.device == "cpu":
+        for model in stored:
+            sample.store_by_input(model)
     prompt = torch.randint(args.vocab_size, (1, 8), generator=torch.Generator().manual_seed(args.seed)).to(args.device)
     from_cache = functools.partial(sample.stream, temperature=0)
     impls = {
-        "dense/cache": (dense, from_cache), "dense/prefix": (dense, from_prefix),
-        "top2/cache": (top2, from_cache), "top2/published": (one_hot, functools.partial(from_prefix, dropless=False)),
+        "dense/cache": (stored[0], from_cache), "dense/prefix": (dense, from_prefix),
+        "top2/cache": (stored[1], from_cache),
+        "top2/published": (one_hot, functools.partial(from_prefix, dropless=False)),
     }  # fmt: skip
     texts, quarter = {}, args.new_tokens // QUARTERS
 

@@ -11,7 +11,6 @@ import balance
 import checkpoint
 import optim
 import runlog
-import train_single_gpu as trainer
 from model import GPT, GPTConfig
 
 TINY = {"block_size": 32, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 16, "train_capacity": math.inf}

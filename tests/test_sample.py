@@ -93,6 +93,19 @@ def test_greedy_text_is_that_of_full_recomputation_and_of_each_row_alone(fields)
         assert torch.equal(sample.generate(model, PROMPT[row : row + 1], 25, temperature=0)[0], expected[row])
 
 
+@torch.no_grad()
+def test_weights_stored_by_input_are_the_same_weights():
+    model, stored = (small_model(**VARIANTS[2]).eval() for _ in range(2))
+    sample.store_by_input(stored)
+    assert stored.lm_head.weight is stored.transformer.wte.weight and stored.lm_head.weight.mT.is_contiguous()
+    for (name, ours), theirs in zip(stored.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    torch.testing.assert_close(sample.next_logits(stored, PROMPT, stored.new_cache(2)),
+                               sample.next_logits(model, PROMPT, model.new_cache(2)))  # fmt: skip
+    texts = [sample.generate(m, PROMPT, 25, temperature=0) for m in (model, stored)]
+    assert torch.equal(*texts)
+
+
 def test_the_model_and_the_global_generator_are_left_as_they_were():
     for training in (True, False):
         model = small_model(**VARIANTS[2]).train(training)
