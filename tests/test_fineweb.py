@@ -427,7 +427,8 @@ def stop_after(monkeypatch, shards):
     monkeypatch.setattr(fineweb, "write_npy", write_and_die)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text", pytest.param("dataset", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text", "dataset"])
 def test_resume_at_every_shard(tmp_path, monkeypatch, kind):
     """Also where a shard ends within a document, exactly at one, and after the last shard of all."""
     monkeypatch.setattr(fineweb, "PIECE", 3000)
