@@ -25,7 +25,10 @@ ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"
 PAGES = (ROOT / "README.md", RESULTS / "README.md")
 BASELINES = ("no_moe", "only_moe")  # of every folder that has them
-MORE_BASELINES = {"equal": ("no_moe,max_steps=2596",)}  # the FLOPs of top 2
+MORE_BASELINES = {
+    "equal": ("no_moe,max_steps=2596",),  # the FLOPs of top 2
+    "methods": ("no_moe,n_embd=148", "dense_muon"),  # its FLOPs and active parameters; its optimizer
+}
 PUBLISHED_STEP = 25_250  # as far as the published MoE runs go
 SHORT = ("variant", "label", "settings", "n", "failed", "val", "minus baseline [95 %]", "p (Holm)", "outcome")
 
