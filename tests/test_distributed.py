@@ -242,7 +242,7 @@ def test_ranks_that_share_no_disk_resume_the_same_run(alone, shards, tmp_path):
 
 
 def test_an_error_of_all_ranks_is_one_line(shards, tmp_path):
-    settings = SETTINGS | {"data_root": "nowhere", "logs_dir": str(tmp_path)}
+    settings = SETTINGS | {"data_root": "nowhere", "logs_dir": str(tmp_path), "checkpoint_dir": str(tmp_path)}
     job = Forked(TORCHRUN, *TWO, TRAINER, *flags(settings))
     _, errors = job.communicate()
     said = [line for line in errors.splitlines() if line.startswith("error: ")]
@@ -256,7 +256,8 @@ def test_an_error_of_all_ranks_is_one_line(shards, tmp_path):
 
 def test_an_error_of_one_rank_ends_all_and_names_it(shards, tmp_path):
     (tmp_path / "0").symlink_to(shards)
-    ranks = start(2, tmp_path, [SETTINGS | {"data_root": str(tmp_path / "{rank}"), "logs_dir": str(tmp_path)}])
+    settings = SETTINGS | {"data_root": str(tmp_path / "{rank}"), "logs_dir": str(tmp_path)}
+    ranks = start(2, tmp_path, [settings | {"checkpoint_dir": str(tmp_path)}])
     said = [rank.communicate()[1] for rank in ranks]
     assert all(rank.poll() for rank in ranks)
     assert any(f"rank 1: cannot read the folder {tmp_path / '1'}" in text for text in said)
