@@ -9,7 +9,7 @@ demo: $(VENV)/run
 	$(RUN) demo.py
 
 test: lint
-	$(RUN) -m pytest -n 2 --ignore=tests/test_slurm.py
+	$(RUN) -m pytest -n 2 --dist worksteal --ignore=tests/test_slurm.py
 
 test-eval: $(VENV)/eval
 	$(RUN) -m pytest tests/test_lm_eval.py
