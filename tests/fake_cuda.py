@@ -241,9 +241,10 @@ def watch_run(data_root, settings, parts=tuple(LIMITS), compiled=True):
 
 NUMBERS = {"first_dense", "use_switch_tfm_init", "switch_tfm_init_scale", "mlp_init", "mlp_init_scale", "gate_scale",
            "noise_scale", "expert_hidden", "router_lr_scale", "router_weight_decay", "schedule"}  # fmt: skip
-MORE = {  # settings that no variant has, and several of dense models at once
-    "dense, rest": {"n_exp": 1, "bias": False, "dropout": 0.1, "qk_norm": True, "output_z_loss_weight": 1e-4},
-    "no bias, narrow": {"bias": False, "dropout": 0.1, "train_capacity": math.inf, "expert_hidden": 32},
+REST = {"bias": False, "dropout": 0.1, "qk_norm": True, "output_z_loss_weight": 1e-4}
+MORE = {  # settings that no variant has, and several at once
+    "dense, rest": {"n_exp": 1} | REST,
+    "MoE, rest, narrow": {"train_capacity": math.inf, "expert_hidden": 32} | REST,
     "Muon, shared expert": {"optimizer": "muon", "n_shared_exp": 1},
 }
 

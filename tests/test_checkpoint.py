@@ -165,7 +165,7 @@ def test_a_crafted_pickle_executes_nothing(tmp_path, as_zip):
     with pytest.raises(UserError, match="not a checkpoint of this project"):
         checkpoint.load(tmp_path / "a.pt")
     assert not marker.exists()
-    torch.load(tmp_path / "a.pt", weights_only=False)
+    torch.load(tmp_path / "a.pt", weights_only=False)  # written above: shows that unpickling would have run it
     assert marker.exists(), "the payload of this test does not run"
 
 

@@ -518,11 +518,14 @@ def test_the_z_loss_of_the_output_is_a_stream_and_not_in_val(train):
 
 
 @pytest.mark.slow
-def test_one_graph_per_mode():
-    """Of all methods at once; each alone: test_recompile.py. Gradients equal the eager ones."""
+@pytest.mark.parametrize("method, backend", [("step", "eager"), ("dense", "eager"), ("all", "aot_eager")])
+def test_one_graph_per_mode(method, backend):
+    """fullgraph raises at a graph break; gradients equal the eager ones."""
     torch._dynamo.reset()
-    model, eager = (make(**{"n_layer": 2} | METHODS["all"]) for _ in range(2))
-    counter = CompileCounterWithBackend("aot_eager")
+    extra = {"step": {"n_exp": 8, "use_aux_loss": True, "balance_scope": "step"},
+             "dense": {"qk_norm": True, "output_z_loss_weight": 0.1}}  # fmt: skip
+    model, eager = (make(**{"n_layer": 2} | METHODS.get(method, extra.get(method))) for _ in range(2))
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for seed, training in enumerate((True, True, False, True)):
         for m, call in ((model, compiled), (eager, eager)):
@@ -536,7 +539,4 @@ def test_one_graph_per_mode():
     for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=name)
     for (name, ours), theirs in zip(model.named_buffers(), eager.buffers(), strict=True):
-        if name.endswith("margins"):  # rounding may move one into the next bin of the histogram
-            assert (ours - theirs).abs().sum() <= 0.02 * theirs.sum(), name
-        else:
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=name)
