@@ -263,12 +263,12 @@ def test_the_z_loss_of_the_output_is_optimised_and_not_measured(settings):
 
 @pytest.mark.parametrize("method", ["qk_norm", *METHODS])
 def test_sampling_with_the_cache_equals_recomputation(method):
-    model = make(**METHODS.get(method, {"qk_norm": True})).eval()
+    model = make(**METHODS.get(method, {"qk_norm": True})).double().eval()
     idx, cache = tokens(S=5)[0], model.new_cache(2)
     with torch.no_grad():
         for _ in range(20):
             logits = sample.next_logits(model, idx, cache)
-            torch.testing.assert_close(logits, model(idx, dropless=True).logits[:, -1], rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(logits, model(idx, dropless=True).logits[:, -1], rtol=1e-9, atol=1e-9)
             idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
 
 
@@ -524,7 +524,8 @@ def test_one_graph_per_mode(method, backend):
     torch._dynamo.reset()
     extra = {"step": {"n_exp": 8, "use_aux_loss": True, "balance_scope": "step"},
              "dense": {"qk_norm": True, "output_z_loss_weight": 0.1}}  # fmt: skip
-    model, eager = (make(**{"n_layer": 2} | METHODS.get(method, extra.get(method))) for _ in range(2))
+    settings = {"n_layer": 2} | METHODS.get(method, extra.get(method))
+    model, eager = (make(**settings).double() for _ in range(2))  # no rounding moves a margin into the next bin
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for seed, training in enumerate((True, True, False, True)):
@@ -537,6 +538,6 @@ def test_one_graph_per_mode(method, backend):
                 loss.backward()
     assert counter.frame_count == 2
     for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-6, atol=1e-9, msg=name)
     for (name, ours), theirs in zip(model.named_buffers(), eager.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=name)
