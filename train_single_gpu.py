@@ -228,7 +228,7 @@ def train_step(run):
             return None
         x, y = run.loader.next_batch()
         sync_gradients(run, last=i == micro_steps - 1)
-        seed_noise(args.seed, step, i * machine.world_size + machine.rank)
+        seed_noise(machine.device, args.seed, step, i * machine.world_size + machine.rank)
         with machine.autocast():
             out = run.model(x, y)
         (out.loss / micro_steps).backward()
@@ -249,9 +249,12 @@ def train_step(run):
     return StepResult(losses.pop("ce_loss"), losses, grad_norm, stop > 0, late > 0, clock, applied, router)
 
 
-def seed_noise(seed, step, micro_batch):
+def seed_noise(device, seed, step, micro_batch):
     """Noise and dropout of a micro-batch depend on its number in the run, not on its rank or on what ran before."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1)[0]))
+    number = int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1)[0])
+    torch.default_generator.manual_seed(number)  # torch.manual_seed takes milliseconds without a GPU
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(number)
 
 
 def sync_gradients(run, last):
@@ -295,17 +298,15 @@ def due(run, every):
 
 def evaluate(run):
     """Validation, HellaSwag and samples, as far as they are due at this step."""
-    args, step, streams = run.args, run.progress.step, {}
+    args, machine, model, step, streams = run.args, run.machine, run.raw_model, run.progress.step, {}
     if due(run, args.val_loss_every):
-        found = validate(run.raw_model, run.val_loader, args.val_loss_steps, run.machine, run.console, run.stop)
+        found = validate(model, run.val_loader, args.val_loss_steps, machine, run.console, run.stop)
         streams |= logger.val_streams(found) if found else {}
     every = args.val_loss_every if args.hellaswag_every is None else args.hellaswag_every
     if run.examples is not None and due(run, every):
-        rank, world_size = run.machine.eval_share
-        progress = run.console.as_bar and run.machine.is_main
-        result = hellaswag.evaluate(
-            run.raw_model, run.examples, run.machine.device, rank=rank, world_size=world_size, progress=progress
-        )
+        rank, world_size = machine.eval_share
+        bar = run.console.as_bar and machine.is_main
+        result = hellaswag.evaluate(model, run.examples, machine.device, rank=rank, world_size=world_size, progress=bar)
         streams |= {"hella": result.acc_norm, "hella_bpb": result.bpb}
     if streams:
         run.log.write(step, streams)
@@ -313,9 +314,7 @@ def evaluate(run):
         run.console.say(f"step {step:6d} | " + " | ".join(shown))
     if due(run, args.sample_from_model_every) and step > 0:
         try:
-            texts = sample.continue_prompt(
-                run.raw_model, run.tokenizer, args.sample_prompt, 4, 32, args.seed, run.machine
-            )
+            texts = sample.continue_prompt(model, run.tokenizer, args.sample_prompt, 4, 32, args.seed, machine)
         except sample.BrokenModel as error:  # the next step says that the run diverged, or is skipped
             texts = [f"none: {error}"]
         for i, text in enumerate(texts):
@@ -340,16 +339,15 @@ def validate(model, loader, steps, machine, console, stop=None):
     lengths = torch.tensor(token_bytes(loader.tokenizer, loader.vocab_size), dtype=torch.float32, device=machine.device)
     rows, (rank, world_size) = [], machine.eval_share
     for i in console.bar_over(range(rank, steps, world_size), loader.split):
-        if stop and stop.requested and world_size == 1:
-            break
+        if stop and stop.requested and machine.world_size == 1:
+            model.train(was_training)
+            return None
         x, y = loader.batch_at(i)
         with machine.autocast():
             loss = model(x, y).ce_loss
         table = [model.router_table()[:, :columns].flatten()] if layers else []
         rows.append(torch.cat([torch.stack([loss, lengths[y].sum(), torch.ones_like(loss)]), *table]))
     model.train(was_training)
-    if stop and stop.requested and machine.world_size == 1:
-        return None
     sums = torch.zeros(3 + layers * columns, dtype=torch.float64)
     sums += torch.stack(rows).cpu().double().sum(0) if rows else 0
     if machine.world_size > 1:
@@ -401,8 +399,7 @@ def last_save(run):
         save(run)
     if (error := run.saver.wait()) and run.args.save_checkpoint:
         with common.same_on_every_rank():
-            problem = f"the last checkpoint could not be written to {run.folder} ({error})"
-            raise UserError(f"{problem}: free space, run again")
+            raise UserError(f"the last checkpoint was not written to {run.folder} ({error}): free space, run again")
     if run.log.error:
         raise run.log.error
 
@@ -475,9 +472,8 @@ def build_model(args, machine, state):
         config = model_config(args)
     else:
         source, fields, weights, _ = checkpoint.read_source(args.init_from)
-        given = {name: getattr(args, name) for name in MODEL_FIELDS}
-        if args.eval_only:  # as it is: a dense model is not made into a MoE
-            given = {}
+        # as it is where it is only evaluated: a dense model is not made into a MoE
+        given = {} if args.eval_only else {name: getattr(args, name) for name in MODEL_FIELDS}
         shape = [name for name in SHAPE if given.get(name) == getattr(Args, name)]
         given = {name: value for name, value in given.items() if value is not None and name not in shape}
         config = checkpoint.config_of(fields | given, source)

@@ -494,11 +494,11 @@ def test_an_interrupt_within_a_step_keeps_the_run(shards, tmp_path, monkeypatch)
     settings = {"data_root": str(shards), "B": 1, "total_batch_size": 2048, "max_steps": 4, "val_loss_every": 2}
     real, calls = trainer.seed_noise, []
 
-    def interrupted(seed, step, micro_batch):
+    def interrupted(device, seed, step, micro_batch):
         calls.append(step)
         if len(calls) == 2 * 64 + 30:
             os.kill(os.getpid(), signal.SIGTERM)
-        real(seed, step, micro_batch)
+        real(device, seed, step, micro_batch)
 
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)]
     try:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import runlog
 import train_single_gpu as trainer
 from common import UserError
 from dataloader import DataLoader
-from model import GPTConfig
+from model import GPT, GPTConfig
 from tokenizer import get_tokenizer
 
 ROOT = Path(trainer.__file__).parent
@@ -211,6 +212,18 @@ def test_val_is_cross_entropy_alone(train, shards):
     assert light["val"][1][-1] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
+def test_a_signal_cuts_the_validation_of_one_process_and_of_no_sharded_rank(shards, monkeypatch):
+    """Sharded ranks evaluate together: where one left, the others would wait for it."""
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=2, n_embd=16), torch.Generator())
+    loader, told = DataLoader(shards, "val", B=4, T=32, vocab_size=257), types.SimpleNamespace(requested=True)
+    alone = common.Machine(torch.device("cpu"), torch.float32, 0, 1, fsdp=False)
+    console = types.SimpleNamespace(bar_over=lambda items, name: items)
+    assert trainer.validate(model, loader, 3, alone, console, told) is None and model.training
+    monkeypatch.setattr(trainer.dist, "all_reduce", lambda sums: sums.mul_(2))
+    sharded = trainer.validate(model, loader, 3, alone._replace(world_size=2, fsdp=True), console, told)
+    assert sharded.loss == trainer.validate(model, loader, 3, alone, console).loss
+
+
 @pytest.mark.slow
 def test_micro_batches_do_not_change_the_run(train):
     """A dense model: the loss over micro-batches is the loss of the big batch."""
@@ -396,7 +409,7 @@ def test_a_full_disk_does_not_end_the_run_but_its_last_checkpoint_must_be_writte
     assert code == 0 and len(streams["train"][0]) == 10 and written == [3, 6, 9, 10]
     assert "No space left on device" in capsys.readouterr().out
     full_below = 11
-    with pytest.raises(UserError, match="last checkpoint could not be written"):
+    with pytest.raises(UserError, match="last checkpoint was not written"):
         train(save_checkpoint_every=3, name="b")
     assert len(runlog.read(log_of(name="b"))["train"][0]) == 10
 
