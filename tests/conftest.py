@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import atexit
 import contextlib
 import importlib
 import io
@@ -125,11 +126,14 @@ def call(script, *argv, encoding="utf-8"):
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train_single_gpu", "torch.distributed.fsdp", "pytest"])
+FORKS.set_forkserver_preload(
+    ["train_single_gpu", "sweep", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.run", "pytest"]
+)
+atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])  # of tests that failed
 
 
 def run_forked(words, env, cwd, out, err):
-    """In the child: the script words[0] as `python script ...` would run it in `cwd`, printing into two pipes."""
+    """In the child: `python words[0] words[1] ...` in `cwd`, printing into two pipes."""
     for pipe, number in ((out, 1), (err, 2)):
         os.dup2(pipe.fileno(), number)
         pipe.close()
@@ -139,18 +143,23 @@ def run_forked(words, env, cwd, out, err):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [str(word) for word in words]
     sys.path.insert(0, str(ROOT))
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    if sys.argv[0] == "-m":
+        sys.argv = sys.argv[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Forked:
-    """A script as subprocess.Popen would start it, in a fork of a server that has torch and the trainer imported.
+    """A script, or -m and a module, as subprocess.Popen would start it, in a fork of a server that has torch and the
+    trainer imported.
 
     For tests of signals, pipes, locks and ranks. What is printed before it ends must fit a pipe or be read.
     """
 
     def __init__(self, *words, **env):
         (out, out_), (err, err_) = (FORKS.Pipe(duplex=False) for _ in range(2))
-        self.process = FORKS.Process(target=run_forked, args=(words, env, os.getcwd(), out_, err_), daemon=True)
+        self.process = FORKS.Process(target=run_forked, args=(words, env, os.getcwd(), out_, err_))
         self.process.start()
         out_.close(), err_.close()
         self.pid = self.process.pid

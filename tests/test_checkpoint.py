@@ -748,7 +748,6 @@ def test_merge_writes_a_set_as_one_file(tmp_path, monkeypatch, capsys):
 
 FULL_DISK_FOR_A_SET = """
 import resource, sys, pathlib, checkpoint
-sys.path.insert(0, "tests")
 from test_checkpoint import adamw, small_model, train_step
 folder, model = pathlib.Path(sys.argv[1]), small_model()
 optimizer = adamw(model)
@@ -763,17 +762,12 @@ for step, limit, background in ((1, -1, True), (2, 50_000, False), (3, 50_000, T
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_older_set_and_no_parts(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", FULL_DISK_FOR_A_SET, str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    (tmp_path / "full.py").write_text(FULL_DISK_FOR_A_SET)
+    out, errors = Forked(tmp_path / "full.py", tmp_path / "run").communicate()
     full = ["on_error 27", "[Errno 27] File too large"]
-    assert result.stdout.splitlines() == ["None", *full, *full, "None"], result.stderr[-3000:]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000001", "step_000004"]
-    assert checkpoint.load_newest(tmp_path, ("model",))[1]["step"] == 4
+    assert out.splitlines() == ["None", *full, *full, "None"], errors[-3000:]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["step_000001", "step_000004"]
+    assert checkpoint.load_newest(tmp_path / "run", ("model",))[1]["step"] == 4
 
 
 # -- a model from a checkpoint

@@ -48,13 +48,6 @@ def train_flags(shards, *more):
     return ["--", "--data_root", str(shards), *TINY.split(), *QUIET.split(), *more]
 
 
-def start(folder, *argv):
-    """The sweep as a process in `folder`, one thread a run."""
-    command = [sys.executable, str(ROOT / "sweep.py"), *argv]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """call(*argv) is the sweep in this process, in a folder of its own: (what it printed, its error or None)."""
@@ -220,8 +213,8 @@ def test_dry_run(call, tmp_path):
 
 
 @pytest.mark.slow
-def test_help_lists_the_variants_and_the_double_dash(tmp_path):
-    out = start(tmp_path, "--help").communicate()[0]
+def test_help_lists_the_variants_and_the_double_dash():
+    out, _ = Forked(ROOT / "sweep.py", "--help").communicate()
     assert all(name in out for name in sweep.VARIANTS) and "What follows `--`" in out
 
 
@@ -458,11 +451,12 @@ def test_ctrl_c_leaves_runs_that_resume(call, tmp_path, shards):
 
 
 @pytest.mark.slow
-def test_a_background_sweep_stops_while_its_runs_start(tmp_path, shards):
+def test_a_background_sweep_stops_while_its_runs_start(in_folder, shards):
     argv = ("--variants", "no_moe", "--seeds", "1", "--jobs", "1", *train_flags(shards, "--max_steps", "1000000"))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell starts what ends in &
     try:
-        process = start(tmp_path, *argv)
+        command, env = [sys.executable, str(ROOT / "sweep.py"), *argv], {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, before)
     wait_for(psutil.Process(process.pid).children)
@@ -516,17 +510,17 @@ def test_a_diverged_run_is_recorded_and_passed_over(call, shards):
 
 
 @pytest.mark.slow
-def test_submitit_job_resumes_after_preemption(tmp_path, shards):
+def test_submitit_job_resumes_after_preemption(in_folder, tmp_path, shards):
     """The local executor for real: the job is told that it is pre-empted, saves, is queued again and finishes."""
     slurm = ("--slurm", "partition=any,time=30", "--cluster", "local")
     run = ("--variants", "no_moe", "--seeds", "1", *slurm, *train_flags(shards, "--max_steps", "400"))
-    process = start(tmp_path, *run)
+    process = Forked(ROOT / "sweep.py", *run, OMP_NUM_THREADS="1")
     wait_for(lambda: any(step > 5 for step in steps_logged(tmp_path)))
     children = psutil.Process(process.pid).children(recursive=True)
     job = next(child for child in children if "submitit.core._submit" in child.cmdline())
     job.send_signal(signal.SIGUSR2)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0 and "no_moe seed 1: done" in out, err
+    out, err = process.communicate()
+    assert process.poll() == 0 and "no_moe seed 1: done" in out, err
     assert "Requeued job" in "".join(path.read_text() for path in tmp_path.glob("logs/submitit/*_log.*"))
     steps = runlog.read(next(tmp_path.glob("logs/log_*.txt")))["train"][0]
     assert steps.tolist() == list(range(400))
