@@ -251,10 +251,9 @@ def train_step(run):
 
 def seed_noise(device, seed, step, micro_batch):
     """Noise and dropout of a micro-batch depend on its number in the run, not on its rank or on what ran before."""
-    number = int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1)[0])
-    torch.default_generator.manual_seed(number)  # torch.manual_seed takes milliseconds without a GPU
-    if device.type != "cpu":
-        torch.get_device_module(device).manual_seed(number)
+    # torch.manual_seed seeds every device, which takes milliseconds where there is none but the CPU
+    set_seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed
+    set_seed(int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1)[0]))
 
 
 def sync_gradients(run, last):

@@ -6,6 +6,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import atexit
 import contextlib
+import gc
 import importlib
 import io
 import json
@@ -22,6 +23,18 @@ import pytest
 
 # What a shell starts with & ignores SIGINT, and hands that on; tests send it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items):
+    """Slow tests first, so that two workers end together."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+
+
+def pytest_collection_finish():
+    """What is imported stays: torch._dynamo.reset and others collect garbage, and need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+
 
 TOKENS = {"val": 6_000, "train": 60_000}
 
