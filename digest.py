@@ -49,13 +49,25 @@ class Args:
 
 
 def experiments():
-    """{folder in results/: its groups}, of the folders with thinned logs."""
+    """{folder in results/: its Experiment}, of the folders with thinned logs."""
     folders = sorted({path.parent for path in RESULTS.glob("**/log_*.csv")})
-    return {folder.relative_to(RESULTS).as_posix(): groups_of(folder) for folder in folders}
+    return {folder.relative_to(RESULTS).as_posix(): Experiment(folder) for folder in folders}
 
 
-def groups_of(folder):
-    return compare.in_order(compare.group(runlog.load_runs(folder.glob("log_*.csv"))))
+class Experiment:
+    """The groups of a folder, and its tables: a page asks for rows of one more than once."""
+
+    def __init__(self, folder):
+        self.groups = compare.in_order(compare.group(runlog.load_runs(folder.glob("log_*.csv"))))
+        self.tables = {}
+
+    def compared(self, baseline):
+        """The table of the groups against a baseline, and what its effective speedups are."""
+        if baseline not in self.tables:
+            groups = comparable(self.groups, baseline)
+            table = compare.add_differences(compare.summary_of(groups), groups, baseline)
+            self.tables[baseline] = compare.add_speedups(table, groups, baseline)
+        return self.tables[baseline]
 
 
 def markdown(shown):
@@ -63,13 +75,6 @@ def markdown(shown):
     shown = shown.assign(variant=[f"`{name}`" for name in shown.variant])
     rows = [list(shown), ["---"] * len(shown.columns), *shown.values.tolist()]
     return "".join("| " + " | ".join(map(str, row)) + " |\n" for row in rows)
-
-
-def compared(groups, baseline):
-    """The table of a folder's groups against a baseline, and what its effective speedups are."""
-    groups = comparable(groups, baseline)
-    table = compare.add_differences(compare.summary_of(groups), groups, baseline)
-    return compare.add_speedups(table, groups, baseline)
 
 
 def comparable(groups, baseline):
@@ -85,15 +90,16 @@ def comparable(groups, baseline):
     return [runs for runs in moes if not settings or set(compare.disagreement(runs, base)) <= settings.keys()]
 
 
-def section(name, groups):
+def section(name, experiment):
     """The tables of one folder, one for each baseline; a single one without differences where there is none."""
+    groups = experiment.groups
     names = {compare.variant(runs) for runs in groups}
     text = f"\n## {name}\n"
     baselines = [b for b in (*BASELINES, *MORE_BASELINES.get(name, ())) if b.partition(",")[0] in names]
     if len(names) < 2 or not baselines:
         return f"{text}\n{markdown(compare.cells(compare.summary_of(groups)))}"
     for baseline in baselines:
-        table, fit = compared(groups, baseline)
+        table, fit = experiment.compared(baseline)
         words = [compare.least_difference(table), *([] if fit.startswith("no effective") else [fit])]
         notes = "".join(f"- {line}\n" for line in [*words, *compare.notes(table), compare.provenance(groups)])
         text += f"\nBaseline: `{baseline}`\n\n{markdown(compare.cells(table))}\n{notes}"
@@ -120,9 +126,9 @@ def short_table(folders, line):
     name, baseline, *variants = line.split()
     if name not in folders:
         raise UserError(f"<!-- digest: {line} -->: no logs in results/{name}; there are {', '.join(folders)}")
-    table, _ = compared(folders[name], baseline)
+    table, _ = folders[name].compared(baseline)
     shown = compare.cells(table).assign(label=[label_of(name) for name in table.variant])
-    groups = comparable(folders[name], baseline)
+    groups = comparable(folders[name].groups, baseline)
     found = {spec: compare.matching(groups, spec) for spec in variants}
     if absent := [spec for spec in variants if not found[spec]]:
         raise UserError(f"<!-- digest: {line} -->: no runs of {absent[0]} in this table")
@@ -144,7 +150,7 @@ def filled(text, folders):
 def pages():
     """{path: the text that it should have}"""
     folders = experiments()
-    digest = HEAD + "".join(section(name, groups) for name, groups in folders.items()) + published()
+    digest = HEAD + "".join(section(*pair) for pair in folders.items()) + published()
     return {RESULTS / "digest.md": digest} | {page: filled(page.read_text("utf-8"), folders) for page in PAGES}
 
 

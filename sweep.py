@@ -128,13 +128,15 @@ def variant_of(run):
 
     Compared are n_exp 1 or more and compared_settings(); the number of experts and every other setting may be any.
     """
-    if run.settings is None:
+    settings = run.settings
+    if settings is None:
         return by_log_name().get(run.name)
-    dense = is_dense(run.settings)
-    mine = {name: run.settings.get(name, value) for name, value in compared_settings(dense).items()}
+    dense = is_dense(settings)
+    neutral = compared_settings(dense)
+    mine = {name: settings.get(name, value) for name, value in neutral.items()}
     for variant in VARIANTS.values():
         wanted = {name: value for name, value in variant.settings.items() if name != "n_exp"}
-        if is_dense(variant.settings) == dense and mine == compared_settings(dense) | wanted:
+        if is_dense(variant.settings) == dense and mine == neutral | wanted:
             return variant
     return None
 
@@ -148,9 +150,9 @@ def look_of(run):
     if found := variant_of(run):
         return found
     label = run.name.replace("_", " ")
-    if run.settings is not None:
-        published = compared_settings(dense := is_dense(run.settings))
-        differs = {name: value for name, value in run.settings.items() if value != published.get(name, value)}
+    if (settings := run.settings) is not None:
+        published = compared_settings(dense := is_dense(settings))
+        differs = {name: value for name, value in settings.items() if value != published.get(name, value)}
         words = [identity.name_part(*pair).replace("_", " ") for pair in differs.items()]
         label = ", ".join(["dense" if dense else "MoE", *words])
     return Variant(run.name, label, "#777777", "-", "", {})

@@ -95,7 +95,7 @@ def test_the_digest_and_the_tables_between_markers_are_those_of_the_logs():
 
 @pytest.mark.slow
 def test_a_table_between_markers_is_made_anew():
-    folders = {"cpu_small": digest.groups_of(RESULTS / "cpu_small")}
+    folders = {"cpu_small": digest.Experiment(RESULTS / "cpu_small")}
     page = "before\n<!-- digest: cpu_small no_moe aux_only -->\nold\n<!-- end -->\nafter\n"
     filled = digest.filled(page, folders)
     assert filled.startswith("before\n<!-- digest") and filled.endswith("|\n\n<!-- end -->\nafter\n")
@@ -111,7 +111,7 @@ def test_a_table_between_markers_is_made_anew():
 
 def test_the_rows_of_a_digest_table():
     """Against plain MoE the MoEs; against a baseline with settings those that differ in these alone."""
-    groups = digest.groups_of(RESULTS / "cpu_small")
+    groups = digest.Experiment(RESULTS / "cpu_small").groups
     assert len(digest.comparable(groups, "no_moe")) == 18 and len(digest.comparable(groups, "only_moe")) == 17
     longer = [run._replace(meta=changed(run, max_steps=2596)) for run in groups[0]]
     other = [run._replace(meta=changed(run, B=4)) for run in groups[1]]
