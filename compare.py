@@ -54,20 +54,20 @@ SIGNIFICANT = 0.05
 
 def group_key(run):
     """Equal for the runs of one group: same name, same settings but for the seeds, same changes on resume."""
-    settings = run.settings
-    if settings is None:
+    if run.settings is None:
         return run.name, None
-    return given_name(run), identity.identity(settings | {"changes": run.meta.get("changes") or None}, without=SEEDS)
+    return given_name(run), identity.identity(
+        run.settings | {"changes": run.meta.get("changes") or None}, without=SEEDS
+    )
 
 
 def given_name(run):
     """A log's name without its data seed; "" for a name that the trainer made of the settings, which decide then."""
-    settings = run.settings
-    known = [field.name for field in dataclasses.fields(train_single_gpu.Args) if field.name in settings]
-    args = train_single_gpu.Args(**{name: settings[name] for name in known})
+    known = [field.name for field in dataclasses.fields(train_single_gpu.Args) if field.name in run.settings]
+    args = train_single_gpu.Args(**{name: run.settings[name] for name in known})
     if run.name == identity.run_name(args):
         return ""
-    return re.sub(rf"_data_seed_{settings.get('data_seed')}(?=_|$)", "", run.name)
+    return re.sub(rf"_data_seed_{run.settings.get('data_seed')}(?=_|$)", "", run.name)
 
 
 def group(runs):

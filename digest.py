@@ -62,11 +62,11 @@ class Experiment:
         self.tables = {}
 
     def compared(self, baseline):
-        """The table of the groups against a baseline, and what its effective speedups are."""
+        """The groups that compare with a baseline, their table, and what its effective speedups are."""
         if baseline not in self.tables:
             groups = comparable(self.groups, baseline)
             table = compare.add_differences(compare.summary_of(groups), groups, baseline)
-            self.tables[baseline] = compare.add_speedups(table, groups, baseline)
+            self.tables[baseline] = groups, *compare.add_speedups(table, groups, baseline)
         return self.tables[baseline]
 
 
@@ -99,7 +99,7 @@ def section(name, experiment):
     if len(names) < 2 or not baselines:
         return f"{text}\n{markdown(compare.cells(compare.summary_of(groups)))}"
     for baseline in baselines:
-        table, fit = experiment.compared(baseline)
+        _, table, fit = experiment.compared(baseline)
         words = [compare.least_difference(table), *([] if fit.startswith("no effective") else [fit])]
         notes = "".join(f"- {line}\n" for line in [*words, *compare.notes(table), compare.provenance(groups)])
         text += f"\nBaseline: `{baseline}`\n\n{markdown(compare.cells(table))}\n{notes}"
@@ -126,9 +126,8 @@ def short_table(folders, line):
     name, baseline, *variants = line.split()
     if name not in folders:
         raise UserError(f"<!-- digest: {line} -->: no logs in results/{name}; there are {', '.join(folders)}")
-    table, _ = folders[name].compared(baseline)
+    groups, table, _ = folders[name].compared(baseline)
     shown = compare.cells(table).assign(label=[label_of(name) for name in table.variant])
-    groups = comparable(folders[name].groups, baseline)
     found = {spec: compare.matching(groups, spec) for spec in variants}
     if absent := [spec for spec in variants if not found[spec]]:
         raise UserError(f"<!-- digest: {line} -->: no runs of {absent[0]} in this table")
@@ -150,7 +149,7 @@ def filled(text, folders):
 def pages():
     """{path: the text that it should have}"""
     folders = experiments()
-    digest = HEAD + "".join(section(*pair) for pair in folders.items()) + published()
+    digest = HEAD + "".join(section(name, experiment) for name, experiment in folders.items()) + published()
     return {RESULTS / "digest.md": digest} | {page: filled(page.read_text("utf-8"), folders) for page in PAGES}
 
 

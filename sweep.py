@@ -150,9 +150,9 @@ def look_of(run):
     if found := variant_of(run):
         return found
     label = run.name.replace("_", " ")
-    if (settings := run.settings) is not None:
-        published = compared_settings(dense := is_dense(settings))
-        differs = {name: value for name, value in settings.items() if value != published.get(name, value)}
+    if run.settings is not None:
+        published = compared_settings(dense := is_dense(run.settings))
+        differs = {name: value for name, value in run.settings.items() if value != published.get(name, value)}
         words = [identity.name_part(*pair).replace("_", " ") for pair in differs.items()]
         label = ", ".join(["dense" if dense else "MoE", *words])
     return Variant(run.name, label, "#777777", "-", "", {})

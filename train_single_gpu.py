@@ -398,7 +398,8 @@ def last_save(run):
         save(run)
     if (error := run.saver.wait()) and run.args.save_checkpoint:
         with common.same_on_every_rank():
-            raise UserError(f"the last checkpoint was not written to {run.folder} ({error}): free space, run again")
+            problem = f"the last checkpoint could not be written to {run.folder} ({error})"
+            raise UserError(f"{problem}: free space, run again")
     if run.log.error:
         raise run.log.error
 

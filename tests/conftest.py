@@ -14,6 +14,7 @@ import multiprocessing
 import runpy
 import signal
 import sys
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -193,11 +194,14 @@ class Forked:
         assert self.process.exitcode is not None, "timed out"
         return self.process.exitcode
 
-    def communicate(self):
-        """(rest of stdout, rest of stderr) when it has ended."""
+    def communicate(self, timeout=3600):
+        """(rest of stdout, rest of stderr) when it has ended; after so many seconds it is killed."""
+        late = threading.Timer(timeout, self.kill)
+        late.start()
         with self.stdout, self.stderr, ThreadPoolExecutor(1) as pool:
             err = pool.submit(self.stderr.read)
             said = self.stdout.read(), err.result()
+        late.cancel()
         self.wait()
         return said
 
