@@ -65,7 +65,7 @@ def make_run(folder, seed, steps=60, diverge_at=None, last=2.0, streams=("val", 
     log.close()
     counted = identity.counted_settings(args) | {"data": "made"}
     record = {"identity": identity.identity(counted), "settings": counted, "changes": [], "args": vars(args)}
-    record |= {"flops_per_token": 1e6, "tokens_per_step": 524_288}
+    record |= {"flops_per_token": 1e6, "tokens_per_step": 524_288, "params_active": 2**20}
     path.with_suffix(".json").write_text(json.dumps(record))
     return path
 
@@ -121,6 +121,7 @@ def test_every_kind_of_run_and_folder(tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_figures_of_the_questions(tmp_path, monkeypatch, capsys):
     arms = [{"n_exp": 1}, {"n_exp": 1, "steps": 80}, {"n_exp": 1, "n_embd": 148}, {}, {"n_exp": 1, "optimizer": "muon"}]
+    arms += [{"steps": 80}, {"n_exp": 1, "steps": 100}, {"steps": 100}]
     half = {"use_aux_loss": True, "expert_hidden": "iso"}
     for seed in (1, 2, 3):
         for i, settings in enumerate([*arms, *(half | {"n_exp": n} for n in (8, 16, 32))]):
@@ -133,7 +134,8 @@ def test_figures_of_the_questions(tmp_path, monkeypatch, capsys):
                 for n_exp in (1, 8):
                     make_run(tmp_path / f"rates_{rate:g}", seed, warmup_steps=warmup, max_lr=rate, n_exp=n_exp, T=32)
     module, _, figures = draw(tmp_path, monkeypatch, capsys)
-    assert figures >= {"hero", "equal_experts", "balance_balance", "rates_learning_rates", "rates_warmup"}
+    assert figures >= {"hero", "balance_balance", "rates_learning_rates", "rates_warmup"}
+    assert figures >= {"equal_experts", "equal_lengths"}
     for row in module.comparisons(module.experiments["equal"], "no_moe"):
         assert row.found.test == "paired" and len(row.dots) == row.found.n == 3, row.label
         assert np.mean(row.dots) == pytest.approx(row.found.minus)
