@@ -201,6 +201,7 @@ class Job:
     last: dict = field(default_factory=dict)  # {stream: (step, value)}: the last line of each stream
     read_to: int = 0  # bytes of the log taken in
     inode: int = 0
+    changed: str = ""  # settings that differ from those of its log, where the trainer lets them change
 
     def __str__(self):
         return f"{self.variant} seed {self.args.seed}"
@@ -315,6 +316,7 @@ def check_settings(job):
     if "settings" not in record:  # made before logs named their data
         here["data"] = there["data"]
     pairs = identity.differences(there, here)
+    job.changed = identity.describe(pairs)
     over = job.state != "waiting" or max(step for step, _ in job.last.values()) > job.args.max_steps
     fixed = common.hints(train_single_gpu.Args)
     pairs = {name: pair for name, pair in pairs.items() if over or identity.role(fixed.get(name)).fixed}
@@ -567,6 +569,8 @@ def main():
     for job in jobs:
         if job.state == "waiting" and "checkpoint" in (lost := missing(job)):
             print(f"{job}: {lost}: it is trained again from the newest one", flush=True)
+        if job.state == "waiting" and job.changed:
+            print(f"{job}: continues with other settings ({job.changed}); another --run_id starts it anew", flush=True)
     if not args.slurm:  # on a cluster the shards may lie on its nodes alone
         for root in {job.args.data_root for job in jobs if job.state == "waiting"}:
             dataloader.fingerprint(root)  # refused once, not by every run

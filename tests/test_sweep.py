@@ -423,6 +423,7 @@ def test_a_run_is_never_filed_under_other_settings(call, trained, tmp_path, shar
     assert "made with other settings (--max_lr 0.0006 there, 0.1 here)" in error and not out
     out, error = call(*argv, "--max_steps", "5")
     assert error is None and "no_moe seed 1: done" in out, "more steps continue the run"
+    assert "continues with other settings (--max_steps 3 there, 5 here)" in out
     assert runlog.read(log)["train"][0].tolist() == [0, 1, 2, 3, 4]
 
 
