@@ -392,7 +392,7 @@ def add_speedups(table, groups, spec):
     """
     chosen = find_baselines(groups, spec)
     finals = [[run for run in of_state(runs, measured(runs)) if runlog.at_end(run)] for runs in groups]
-    laws, words, rows = {}, [], []
+    laws, words, fits, rows = {}, [], {}, []
     for j in sorted(set(chosen)):
         of_law = [i for i in range(len(groups)) if variant(groups[i]) == variant(groups[j])
                   and set(disagreement(groups[i], groups[j])) <= set(LENGTH)]  # fmt: skip
@@ -405,9 +405,10 @@ def add_speedups(table, groups, spec):
             words.append(f"no effective speedup over {name}: {error}")
             continue
         law, lengths = laws[j][1], len({tokens for tokens, _ in points})
-        fit = f"val = {law.limit:.4f} + {law.scale:.4g} / tokens ** {law.exponent:.4f}"
-        found = f"{fit}, from {len(points)} runs of {lengths} lengths"
-        words.append(f"x: effective speedup over {name} ({found}), one value per seed")
+        found = f"val = {law.limit:.4f} + {law.scale:.4g} / tokens ** {law.exponent:.4f}"
+        found += f", from {len(points)} runs of {lengths} lengths"
+        fits.setdefault(found, []).append(name)
+    words += [f"x: effective speedup over {', '.join(of)} ({fit}), one value per seed" for fit, of in fits.items()]
     for i, j in enumerate(chosen):
         others = finals[i] if j in laws and i not in laws[j][2] else []
         others = [run for run in others if "tokens_per_step" in run.meta]
