@@ -136,6 +136,10 @@ def test_figures_of_the_questions(tmp_path, monkeypatch, capsys):
     module, _, figures = draw(tmp_path, monkeypatch, capsys)
     assert figures >= {"hero", "balance_balance", "rates_learning_rates", "rates_warmup"}
     assert figures >= {"equal_experts", "equal_lengths"}
+    pairs = [
+        [group.runs[0].settings for group in pair] for pair in module.pairs_of_lengths(module.experiments["equal"])
+    ]
+    assert [(d["n_embd"], d["max_steps"], moe["max_steps"]) for d, moe in pairs] == [(128, n, n) for n in (60, 80, 100)]
     for row in module.comparisons(module.experiments["equal"], "no_moe"):
         assert row.found.test == "paired" and len(row.dots) == row.found.n == 3, row.label
         assert np.mean(row.dots) == pytest.approx(row.found.minus)
