@@ -116,6 +116,7 @@ METHODS = (  # of the experts
     Variant("gate_scale", "gate scale 2.5", "#EE3377", "--", "o", {"gate_scale": 2.5}),
     Variant("selected_z", "z-loss on selected logits", "#009988", "-.", "s", Z | {"z_loss_on": "selected"}),
     Variant("noise_scaled", "router noise at 0.4", "#88CCEE", ":", "^", NOISY | {"noise_scale": 0.4}),
+    Variant("switch_only", "Switch init alone", "#EE99AA", "-.", "P", SWITCH_INIT),
     Variant("switch_mlp", "Switch init of all MLPs", "#DDCC77", "-", "D", SWITCH_MLP),
     Variant("dense_switch_mlp", "dense, Switch init of MLPs", "#AAAA00", "--", "v", SWITCH_MLP | {"n_exp": 1}),
 )
