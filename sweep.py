@@ -2,13 +2,14 @@
 
     python sweep.py --variants all --seeds 42 2025 1337 --dry_run -- --max_steps 5000         # commands and cost
     python sweep.py --variants no_moe noisy_top_k --jobs 2 -- --device cpu --max_steps 500    # CPU, two at a time
-    python sweep.py --gpus 0 1 2 3 -- --max_steps 5000                                        # one process per GPU
+    python sweep.py --data_per_seed --gpus 0 1 2 3 -- --max_steps 5000                        # one process per GPU
     python sweep.py --slurm partition=gpu,time=24:00:00,mem=64 -- --max_steps 5000            # one job per run
 
-What follows `--` are settings of train_single_gpu.py for every run; the settings of a variant win over them. The same
-command again continues: runs that finished or diverged are passed over, interrupted ones resume from their newest
-checkpoint. A log that was made with other settings refuses the sweep. Ctrl-C lets the running ones save first. Exit
-code 2 if any run failed, after all the others have had their turn.
+What follows `--` are settings of train_single_gpu.py for every run; the settings of a variant win over them. With
+--data_per_seed the differences of a comparison are taken within each seed (compare.py), and their spread holds that of
+the data. The same command again continues: runs that finished or diverged are passed over, interrupted ones resume from
+their newest checkpoint. A log that was made with other settings refuses the sweep. Ctrl-C lets the running ones save
+first. Exit code 2 if any run failed, after all the others have had their turn.
 """
 
 import functools
@@ -178,6 +179,7 @@ def by_log_name():
 class Args:
     variants: tuple[str, ...] = ("all",)  # Names of variants, or all
     seeds: tuple[int, ...] = (42, 2025, 1337)  # Seeds: one run of every variant for each
+    data_per_seed: bool = False  # Each seed has its own order of the data, so that runs of equal seed are pairs
     run_id: str = "sweep"  # Part of every log's name; another one starts everything afresh
     gpus: tuple[str, ...] = ()  # GPUs, one process on each; one given twice takes two (default: all visible ones)
     jobs: Positive | None = None  # Processes at once on the CPU, which share its cores
@@ -223,8 +225,9 @@ def make_jobs(args, flags):
         raise UserError(f"{wrong}; there are: all {' '.join(VARIANTS)}")
     if not args.seeds:
         raise UserError("--seeds names no seed: give at least one number")
-    for name in (name for name in map(setting_of, flags) if name in (*RESERVED, "resume")):
-        instead = f"pass {RESERVED[name]} before `--`" if name in RESERVED else "leave it out"
+    reserved = RESERVED | ({"data_seed": "--seeds"} if args.data_per_seed else {})
+    for name in (name for name in map(setting_of, flags) if name in (*reserved, "resume")):
+        instead = f"pass {reserved[name]} before `--`" if name in reserved else "leave it out"
         raise UserError(f"--{name} after `--`: sweep.py sets it for each run; {instead}")
     names = list(VARIANTS) if "all" in args.variants else list(dict.fromkeys(args.variants))
     jobs = [make_job(args, name, seed, flags) for seed in dict.fromkeys(args.seeds) for name in names]
@@ -247,6 +250,7 @@ def setting_of(flag):
 
 def make_job(args, name, seed, flags):
     settings = VARIANTS[name].settings | {"seed": seed, "run_id": args.run_id, "resume": "auto"}
+    settings |= {"data_seed": seed} if args.data_per_seed else {}
     argv = [*as_flags(edited_settings(name)), *flags, *as_flags(settings)]
     try:
         train_args = common.parse(train_single_gpu.Args, argv)

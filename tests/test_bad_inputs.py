@@ -155,6 +155,7 @@ SWEEP = [
     ("--slurm mem=much", "mem"), ("--slurm gpus=two", "two"), ("-- --B 0", "--B must be at least 1"),
     ("-- --max_step 5", "did you mean --max-steps"), ("-- --run_id x", "pass --run_id before"),
     ("-- --seed=5", "pass --seeds before"), ("-- --resume auto", "leave it out"),
+    ("--data_per_seed -- --data_seed 5", "pass --seeds before"),
     ("-- --total_batch_size 9", "nearest"), ("-- --data_root nowhere", "python fineweb.py"),
 ]  # fmt: skip
 

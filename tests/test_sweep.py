@@ -195,6 +195,13 @@ def test_variants_of_equal_flops():
     assert flops("quarter_width") == flops("no_moe") + 2 * router + 3 * output_bias
 
 
+@pytest.mark.parametrize("each", [True, False])
+def test_the_order_of_the_data_follows_the_seed_on_request(each):
+    jobs = make_jobs("--variants", "no_moe", "only_moe", "--seeds", "1", "2", *["--data_per_seed"][: int(each)])
+    assert [job.args.data_seed for job in jobs] == ([1, 1, 2, 2] if each else [1337] * 4)
+    assert all(("--data_seed" in job.command) == each for job in jobs) and len({job.log for job in jobs}) == 4
+
+
 # ---- errors before anything starts
 
 
