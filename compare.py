@@ -47,6 +47,7 @@ SAME_VAL = ("data", "vocab_size", "val_loss_steps")  # losses are comparable onl
 SIZES = ("n_exp", "n_embd", "max_steps", "max_lr", "warmup_steps")  # groups of a variant are sorted by these
 FAILED = ("diverged", "stuck", "regressed")
 SIGNIFICANT = 0.05
+STEADY = 1.25  # runs of one group whose hours differ by a larger factor shared their machine: no hours are compared
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups
@@ -291,9 +292,8 @@ def least_difference(table):
             sd, free = (of_pairs, n - 1) if test == "paired" else (spread * math.sqrt(2), 2 * n - 2)
             width = stats.t.ppf(0.975, free) * sd / math.sqrt(n)
             of = f", of paired differences {of_pairs:.4f}" if test == "paired" else ""
-            words += (
-                f"{of}; with {n} seeds the 95 % interval reaches {width:.4f} to each side ({test}): less is not seen"
-            )
+            words += f"{of}; with {n} seeds the 95 % interval reaches {width:.4f} to each side ({test}, uncorrected): "
+            words += "a difference measured smaller than that is not told from zero"
     return words
 
 
@@ -388,7 +388,8 @@ def add_speedups(table, groups, spec):
     """(table with columns of the effective speedup over each group's baseline, the fit in words). curves.py has both.
 
     One value per pair of equal seeds and data, of runs that are ok and at the end of their schedule. The power law is
-    fitted to the runs of the baseline's name and settings, of all their lengths. Without one the columns are nan.
+    fitted to the runs of the baseline's name and settings, of all their lengths. Without one the columns are nan, and
+    those of hours are where a group's runs are not STEADY.
     """
     chosen = find_baselines(groups, spec)
     finals = [[run for run in of_state(runs, measured(runs)) if runlog.at_end(run)] for runs in groups]
@@ -414,8 +415,16 @@ def add_speedups(table, groups, spec):
         others = [run for run in others if "tokens_per_step" in run.meta]
         pairs = pd.DataFrame([curves.speedup_of_pair(run, *laws[j][:2]) for run in others])
         pairs = pairs.reindex(columns=curves.CURRENCIES)
+        if not all(steady(finals[k]) for k in (i, *laws.get(j, ((), None, ()))[2])):
+            pairs["hours"] = math.nan
         rows.append({f"x_{c}_mean": pairs[c].mean() for c in pairs} | {f"x_{c}_std": pairs[c].std() for c in pairs})
     return table.join(pd.DataFrame(rows)), "\n".join(words)
+
+
+def steady(runs):
+    """Whether the hours of the runs of one group agree."""
+    hours = [hours for run in runs if (hours := curves.final(run).spent.get("hours"))]
+    return not hours or max(hours) <= STEADY * min(hours)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

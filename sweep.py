@@ -80,7 +80,7 @@ LADDER = (  # the published ablation: each adds one trick to the one before
     Variant("aux_loss", "+ load-balance loss", "#228833", "--", "^", NOISY | AUX),
     Variant("z_loss", "+ router z-loss", "#CCBB44", "-.", "D", NOISY | AUX | Z),
     Variant("router_full_prec", "+ router in float32", "#66CCEE", "-", "v", NOISY | AUX | Z | FULL_PREC),
-    Variant("switch_tfm_init", "+ Switch init", "#AA3377", ":", "P", ALL_TRICKS),
+    Variant("switch_tfm_init", "+ Switch init: all tricks", "#AA3377", ":", "P", ALL_TRICKS),
     Variant("top1", "top 1, router without gradient", "#999933", "--", "x", {"top_k": 1}),
     Variant("top1_noisy", "top 1 without gradient, noise", "#DDAA33", "-.", "+", {"top_k": 1} | NOISY),
 )
