@@ -171,7 +171,8 @@ def prune(folder, keep, checked=None):
     """
     checked = {} if checked is None else checked
     for leftover in Path(folder).glob("step_*"):
-        if leftover.name.endswith(".pt" + TEMP_SUFFIX) or (leftover.is_dir() and not is_set(leftover)):
+        ours = re.fullmatch(rf"step_\d{{6,}}(\.pt{re.escape(TEMP_SUFFIX)})?", leftover.name)  # others are the user's
+        if ours and (ours[1] or (leftover.is_dir() and not is_set(leftover))):
             remove(leftover)
     whole = 0
     for path in reversed(checkpoints(folder)):
@@ -296,6 +297,8 @@ def read_checkpoint(path, needs=(), mmap=False):
         return Path(path), load(path, needs, mmap)
     found, state = load_newest(path, needs, mmap)
     if state is None:
+        if (Path(path) / "config.json").exists():
+            raise UserError(f"{path} is a model for --init_from, not a run: give the folder of a run")
         raise UserError(f"no checkpoint (step_*) and no config.json in the folder {path}")
     return found, state
 
@@ -404,6 +407,7 @@ def misfit(given, wanted):
 # A model from a checkpoint or from GPT-2's weights
 
 FIXED_BY_WEIGHTS = ("n_layer", "n_head", "n_embd", "bias", "qk_norm")  # a model of other values computes something else
+SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd", "bias", "block_size")  # that of the weights, where not given
 
 
 def load_model(path):

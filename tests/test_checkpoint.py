@@ -285,9 +285,12 @@ def test_prune_keeps_the_newest_whole_ones(tmp_path):
         checkpoint.save({"step": 0}, path)
     paths[5].write_bytes(b"PK\3\4 cut off")
     (tmp_path / "step_000004.pt.tmp").write_bytes(b"")
-    (tmp_path / "notes.txt").write_bytes(b"mine")
+    (tmp_path / "step_000001").mkdir()  # a set without its index
+    mine = ["notes.txt", "step_000001_hf", "step_1.bak", "step_backup"]
+    for name in mine:
+        (tmp_path / name).mkdir()
     checkpoint.prune(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", *(p.name for p in paths[3:])]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*mine, *(p.name for p in paths[3:])])
     assert checkpoint.load_newest(tmp_path)[0] == paths[4]
 
 
@@ -810,6 +813,9 @@ def test_a_state_that_does_not_fit_is_named(tmp_path, change):
 
 def test_a_folder_without_checkpoints_is_named(tmp_path):
     with pytest.raises(UserError, match=f"no checkpoint .* in the folder {tmp_path}"):
+        checkpoint.load_model(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=f"{tmp_path} is a model for --init_from, not a run"):
         checkpoint.load_model(tmp_path)
 
 
