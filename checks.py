@@ -88,8 +88,8 @@ def check_model(config, args, machine):
     """UserError for a model that these settings, or this machine, cannot train; `config` is that of the model."""
     if config.block_size < args.T:
         raise UserError(f"--T {args.T} is more than the {config.block_size} positions of the model: lower --T")
+    check_widths(config, machine)
     if not args.eval_only:
-        check_widths(config, machine)
         check_memory(args, config, machine)
 
 

@@ -183,7 +183,6 @@ def choose_names(args):
 # What is there already, and what may be resumed
 
 NEEDED = ("args", "config", "loader", "progress", "step", "record")  # in a checkpoint to resume, beside the tensors
-SHAPE = ("vocab_size", "n_layer", "n_head", "n_embd", "bias", "block_size")  # fixed by the weights of --init_from
 # Fixed in a run, yet free in one that branches off another run's checkpoint.
 MAY_BRANCH = ("seed", "max_lr", "min_lr", "warmup_steps", "schedule", "decay_steps", "router_lr_scale",
               "router_weight_decay", "muon_lr", "init_from", "parent")  # fmt: skip
@@ -300,14 +299,11 @@ def settle(args, state, stem, log_path, say):
     """(settings of the run, changes): of one that starts, continues, or branches off another run's checkpoint.
 
     Changes are those made on resume, [{"step": the first with the new values, "settings": {name: value}}].
-    Refuses a setting that would make it another run; names the ones that changed.
+    Refuses a setting that would make it another run; names the ones that changed. log_path is None on a rank that
+    writes no log.
     """
     if state is None:
         return settings_of(args), []
-    if args.init_from != "scratch":  # its weights had a shape, which the checkpoint has; the source is not needed
-        for name in SHAPE:
-            if getattr(args, name) == getattr(type(args), name):
-                setattr(args, name, state["config"][name])
     record = state["record"]
     continues = run_stem(*(state["args"][name] for name in ("name", "run_id", "seed"))) == stem
     parent = record["settings"].get("parent") if continues else f"{parent_identity(record, args)}@{state['step']}"
@@ -319,7 +315,7 @@ def settle(args, state, stem, log_path, say):
     then = record["settings"] | {
         name: value for change in record["changes"] for name, value in change["settings"].items()
     }
-    if continues:
+    if continues and log_path:
         check_tied(log_path, state)
     pairs = differences(then, now)
     check_fixed(args, pairs, continues)

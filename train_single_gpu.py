@@ -41,7 +41,7 @@ import runlog
 import sample
 from checks import check_args, check_model, model_config
 from dataloader import DataLoader
-from identity import SHAPE, Changeable, Uncounted
+from identity import Changeable, Uncounted
 from model import GPT, MODEL_FIELDS, GPTConfig
 from tokenizer import get_tokenizer, token_bytes
 
@@ -430,9 +430,11 @@ def set_up(args, machine, stem, log_path, folder, console):
         lambda: identity.find_state(args, folder, log_path, console.say) if is_main else None, machine
     )
     brief = common.from_rank_0(state and {name: state[name] for name in identity.NEEDED}, machine)
-    settings, changes = common.together(lambda: identity.settle(args, brief, stem, log_path, console.say), machine)
+    own_log = log_path if is_main else None
+    settings, changes = common.together(lambda: identity.settle(args, brief, stem, own_log, console.say), machine)
     raw_model = common.together(lambda: build_model(args, machine, brief), machine)
-    loader, val_loader = common.together(lambda: make_loaders(args, machine, raw_model), machine)
+    source = None if brief or args.init_from == "scratch" else args.init_from
+    loader, val_loader = common.together(lambda: make_loaders(args, machine, raw_model, source), machine)
     tokenizer = get_tokenizer(loader.tokenizer)
     model = common.parallelize(raw_model, args, machine)
     optimizer = optim.build_optimizer(raw_model, args)
@@ -474,25 +476,28 @@ def build_model(args, machine, state):
         source, fields, weights, _ = checkpoint.read_source(args.init_from)
         # as it is where it is only evaluated: a dense model is not made into a MoE
         given = {} if args.eval_only else {name: getattr(args, name) for name in MODEL_FIELDS}
-        shape = [name for name in SHAPE if given.get(name) == getattr(Args, name)]
+        shape = [name for name in checkpoint.SHAPE if given.get(name) == getattr(Args, name)]
         given = {name: value for name, value in given.items() if value is not None and name not in shape}
         config = checkpoint.config_of(fields | given, source)
     check_model(config, args, machine)
     model = GPT(config, generator) if weights is None else checkpoint.upcycle(fields, weights, given, source, generator)
-    for name in SHAPE:  # as it is, for the record
+    for name in checkpoint.SHAPE:  # as it is, for the record
         setattr(args, name, getattr(model.config, name))
     return model.to(machine.device)
 
 
-def make_loaders(args, machine, model):
-    """The training batches of this rank, and the validation split, whose batches the ranks share out."""
+def make_loaders(args, machine, model, source=None):
+    """The training batches of this rank, and the validation split, whose batches the ranks share out.
+
+    source: a checkpoint or model whose weights this one has; UserError where it was trained on another tokenizer's.
+    """
     common_args = {"B": args.B, "T": args.T, "vocab_size": model.config.vocab_size, "device": machine.device}
     ranks = {"rank": machine.rank, "world_size": machine.world_size}
     loader = DataLoader(args.data_root, "train", data_seed=args.data_seed, **ranks, **common_args)
-    theirs = loader.tokenizer if args.init_from == "scratch" or args.resume else checkpoint.tokenizer_of(args.init_from)
+    theirs = checkpoint.tokenizer_of(source) if source else loader.tokenizer
     if theirs != loader.tokenizer:
-        have = f"{args.init_from} was trained on {theirs} tokens, {args.data_root} holds {loader.tokenizer} tokens"
-        raise UserError(f"--init_from {have}: make shards with fineweb.py --tokenizer {theirs}")
+        have = f"{source} was trained on {theirs} tokens, {args.data_root} holds {loader.tokenizer} tokens"
+        raise UserError(f"{have}: make shards with fineweb.py --tokenizer {theirs}")
     return loader, DataLoader(args.data_root, "val", **common_args)
 
 
@@ -503,13 +508,14 @@ def make_loaders(args, machine, model):
 def evaluate_only(args, machine):
     """Print train and val loss of the model as it is: --init_from, or the run that --resume names."""
     console = logger.Console(args, machine)
+    source = None if args.init_from == "scratch" else args.init_from
     if args.resume:
-        folder = Path(args.checkpoint_dir) / identity.choose_names(args)
-        path = folder if args.resume == "auto" else args.resume
-        model = checkpoint.load_model(path)[0].to(machine.device)
+        source = args.resume if args.resume != "auto" else Path(args.checkpoint_dir) / identity.choose_names(args)
+        model = checkpoint.load_model(source)[0].to(machine.device)
+        check_model(model.config, args, machine)
     else:
         model = build_model(args, machine, None)
-    for loader in make_loaders(args, machine, model):
+    for loader in make_loaders(args, machine, model, source):
         loss, bpb, _ = validate(model, loader, args.val_loss_steps, machine, console)
         tokens = loader.tokens_in(args.val_loss_steps)
         measures = f"{loss:.4f} nats per token, {bpb:.4f} bits per byte, perplexity {math.exp(loss):.2f}"
@@ -527,9 +533,10 @@ def run(args):
             args.hellaswag_limit = 200
     if args.eval_only:
         return evaluate_only(args, machine)
-    with common.same_on_every_rank():
-        stem = identity.choose_names(args)
-        log_path = runlog.log_path(args.logs_dir, args.name, args.run_id, args.seed)
+    common.together(lambda: machine.is_main and identity.choose_names(args), machine)
+    args.name, args.run_id = common.from_rank_0((args.name, args.run_id), machine)
+    stem = identity.run_stem(args.name, args.run_id, args.seed)
+    log_path = runlog.log_path(args.logs_dir, args.name, args.run_id, args.seed)
     folder = Path(args.checkpoint_dir) / stem
     with contextlib.ExitStack() as locks:
         common.together(lambda: machine.is_main and identity.hold(args, [log_path, folder / "writer"], locks), machine)

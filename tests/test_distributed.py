@@ -44,7 +44,7 @@ def launch(n, folder, runs):
     for rank in start(n, folder, runs):
         _, said = rank.communicate()
         assert rank.poll() == 0, said[-3000:]
-    return {run["name"]: runlog.read(next(Path(folder).glob(f"log_{run['name']}_test_*.txt"))) for run in runs}
+    return {run["name"]: runlog.read(next(Path(folder).rglob(f"log_{run['name']}_test_*.txt"))) for run in runs}
 
 
 def start(n, folder, runs):
@@ -227,16 +227,16 @@ def test_two_nodes_of_which_one_dies_start_again_and_make_the_run_left_alone(sha
 
 
 def test_ranks_that_share_no_disk_resume_the_same_run(alone, shards, tmp_path):
-    """Rank 0 loads, the others get step and weights from it, whatever lies in their own folder."""
+    """Rank 0 finds the run, has its log and loads it; the others get it all from rank 0."""
     common = {"name": "moe", "data_root": str(shards), "save_checkpoint_every": 3, "keep_checkpoints": 9}
     common |= VARIANTS["moe"]
-    folders = {"checkpoint_dir": str(tmp_path / "{rank}"), "logs_dir": str(tmp_path)}
+    folders = {"checkpoint_dir": str(tmp_path / "{rank}"), "logs_dir": str(tmp_path / "{rank}")}
     launch(2, tmp_path, [common | folders])
     assert not (tmp_path / "1").exists()
     for path in checkpoint.checkpoints(tmp_path / "0" / "moe_test_seed_1337"):
         if checkpoint.step_of(path) > 3:
             path.unlink()
-    (log,) = launch(2, tmp_path, [common | folders | {"resume": "auto"}]).values()
+    (log,) = launch(2, tmp_path, [common | folders | {"resume": "auto", "run_id": ""}]).values()
     np.testing.assert_allclose(log["train"][1], alone["moe"]["train"][1], rtol=1e-5)
     np.testing.assert_allclose(log["val"][1], alone["moe"]["val"][1], rtol=1e-5)
 

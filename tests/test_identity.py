@@ -253,18 +253,23 @@ def test_eval_only_evaluates_the_run_it_is_told_to(train, shards, capsys):
         args = trainer.Args(**TINY_RUN | {"data_root": str(shards), "name": "a", "resume": resume, "eval_only": True})
         assert trainer.run(args) == 0
         assert f"val loss {streams['val'][1][-1]:.4f}" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--T 64 is more than the 32 positions of the model"):
+        trainer.run(dataclasses.replace(args, T=64))
 
 
 # -- weights from elsewhere
 
+SHAPE = {name: getattr(trainer.Args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}  # no flags
+
 
 @pytest.mark.slow
-def test_resuming_does_not_need_the_source_of_the_weights(train):
+@pytest.mark.parametrize("shape", [{}, SHAPE], ids=["the source's shape", "no shape"])
+def test_resuming_does_not_need_the_source_of_the_weights(train, shape):
     train(name="source", max_steps=2)
     shutil.move("checkpoints/source_test_seed_1337", "source")
-    train(name="a", init_from="source", max_steps=4)
+    train(name="a", init_from="source", max_steps=4, **shape)
     shutil.rmtree("source")
-    code, streams = train(name="a", init_from="source", max_steps=6, resume="auto")
+    code, streams = train(name="a", init_from="source", max_steps=6, resume="auto", **shape)
     assert code == 0 and len(streams["train"][0]) == 6
 
 
@@ -276,10 +281,9 @@ def test_shape_flags_that_the_weights_contradict_are_refused(train):
 
 def test_settings_of_experts_are_checked_against_the_shape_of_the_weights(train):
     """Not against that of the flags: 3 does not divide 4 x 32, and 4 x 36 it does; 2 layers are not 12."""
-    shape = {name: getattr(trainer.Args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
     for width in (32, 36):
         train(name=f"source{width}", n_exp=1, n_embd=width, max_steps=1)
-    upcycled = shape | {"n_exp": 6, "top_k": 3, "max_steps": 1}
+    upcycled = SHAPE | {"n_exp": 6, "top_k": 3, "max_steps": 1}
     train(name="a", init_from="checkpoints/source36_test_seed_1337", expert_hidden="iso", **upcycled)
     for wrong, said in (({"expert_hidden": "iso"}, "= 128 / 3"), ({"first_dense": 2}, "first_dense 2 of n_layer 2")):
         with pytest.raises(UserError, match=said):
@@ -301,9 +305,13 @@ def test_tokens_that_the_weights_do_not_know_are_refused(train, shards, tmp_path
     meta = json.loads((shards / "meta.json").read_text()) | {"tokenizer": "gpt2", "vocab_size": 50257}
     (tmp_path / "gpt2" / "meta.json").write_text(json.dumps(meta))
     train(name="source", max_steps=1)
-    for settings in ({"vocab_size": 50304}, {"vocab_size": 50304, "eval_only": True}):
-        with pytest.raises(UserError, match=r"gpt2|vocab_size"):
-            train(name="a", init_from="checkpoints/source_test_seed_1337", data_root=str(tmp_path / "gpt2"), **settings)
+    source = "checkpoints/source_test_seed_1337"
+    start = {"name": "a", "data_root": str(tmp_path / "gpt2"), "vocab_size": 50304}
+    for wrong in ({}, {"resume": "auto"}, {"eval_only": True}):  # auto: nothing is there to resume
+        with pytest.raises(UserError, match="was trained on bytes tokens|257 tokens"):
+            train(**start, **wrong, init_from=source)
+    with pytest.raises(UserError, match="was trained on bytes tokens|257 tokens"):
+        train(**start, resume=source, eval_only=True)
 
 
 # -- runs that break, and disks that fill
