@@ -245,7 +245,7 @@ class DataLoader:
 
     def _check_meta(self):
         meta = read_meta(self.root)
-        self.tokenizer, size = meta["tokenizer"], meta["vocab_size"]
+        self.tokenizer, size, self.complete = meta["tokenizer"], meta["vocab_size"], meta.get("complete", True)
         if size > self.vocab_size:
             problem = f"tokenizer {self.tokenizer} has {size} tokens, more than --vocab_size {self.vocab_size}"
             remedy = f"pass --vocab_size {size} or more, or another --data_root"
@@ -264,7 +264,11 @@ class DataLoader:
             raise UserError(f"{self.root} ({names}) holds {self.total_tokens:,} training tokens, {batch}: {remedy}")
 
     def describe(self):
-        return f"{self.root}: {len(self.shards)} {self.split} shards, {self.total_tokens:,} tokens ({self.tokenizer})"
+        unfinished = (
+            "" if self.complete else "; unfinished: run fineweb.py again, before training (more shards end --resume)"
+        )
+        size = f"{len(self.shards)} {self.split} shards, {self.total_tokens:,} tokens ({self.tokenizer})"
+        return f"{self.root}: {size}{unfinished}"
 
     def tokens_in(self, batches):
         """Distinct tokens predicted in batch_at(0) to batch_at(batches - 1), which repeat rows of a small split."""

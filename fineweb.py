@@ -50,7 +50,7 @@ from common import Fraction, Positive, Range, UserError, atomic_write, lock
 from textfiles import checked_text, find_files, missing_column, read_documents, stdlib_files
 from tokenizer import SPACE, get_tokenizer
 
-FINEWEB = "HuggingFaceFW/fineweb-edu"
+FINEWEB, SAMPLE = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 PIECE = 500_000  # characters per call of the tokenizer and per task of a worker: tens of milliseconds of work
 PRETOKENIZED_SHARD = 100_000_000  # tokens in each shard of kjj0/finewebedu10B-gpt2
 
@@ -118,8 +118,9 @@ def check_args(args):
     source = sources[0] if sources else "dataset"
     refuse_unused(args, source)
     get_tokenizer(args.tokenizer)
-    if source == "dataset" and args.dataset is None:
-        args.dataset, args.config = FINEWEB, args.config or "sample-10BT"
+    args.dataset = args.dataset or (FINEWEB if source == "dataset" else None)
+    if args.dataset == FINEWEB:
+        args.config = args.config or SAMPLE
     if args.val_fraction is None:
         args.val_fraction = default_val_fraction(args, source)
     if args.val_fraction and source == "dataset" and args.max_tokens is None:
@@ -168,7 +169,7 @@ def default_out(args):
         return f"data/{Path(args.pretokenized).name}"
     if args.stdlib or args.files:
         return "data/stdlib" if args.stdlib else "data/files"
-    return "edu_fineweb10B" if args.dataset == FINEWEB else f"data/{Path(args.dataset).name}"
+    return "edu_fineweb10B" if (args.dataset, args.config) == (FINEWEB, SAMPLE) else f"data/{Path(args.dataset).name}"
 
 
 def cores():

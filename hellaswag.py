@@ -27,6 +27,7 @@ import http.client
 import itertools
 import json
 import math
+import sys
 import tempfile
 import time
 import urllib.request
@@ -41,7 +42,7 @@ from tqdm import tqdm
 
 import checkpoint
 import common
-from common import Positive, UserError, atomic_write
+from common import Positive, SharedError, UserError, atomic_write
 from kernels import compute_dtype, linear_cross_entropy
 from sample import attention_without_cudnn, inference_dtype, require_memory
 from tokenizer import token_bytes
@@ -76,7 +77,10 @@ def load_examples(path=None, limit=None, flag="--data"):
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the HellaSwag jsonl with {flag} FILE") from error
     numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    examples = [parse(line, f"{path} line {number}") for number, line in itertools.islice(numbered, limit)]
+    examples = [
+        parse(line, f"{path} line {number}")
+        for number, line in itertools.islice(numbered, limit and min(limit, sys.maxsize))
+    ]
     if not examples:
         raise UserError(f"{path} holds no examples; delete it to download it again, or give another with {flag} FILE")
     return examples
@@ -144,7 +148,7 @@ def load_for_training(path, limit, tokenizer, every, machine, say):
     if not isinstance(loaded[0], UserError):
         return loaded[0]
     if path:
-        raise loaded[0]
+        raise SharedError(str(loaded[0]))
     say(f"no HellaSwag in this run: {loaded[0]}")
     return None
 

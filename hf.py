@@ -25,6 +25,7 @@ import torch
 import dataloader
 import runlog
 from common import UserError, atomic_write
+from identity import read_record
 from model import GPT, MODEL_FIELDS, GPTConfig
 from tokenizer import ByteTokenizer, GPT2Tokenizer, gpt2_files
 
@@ -432,7 +433,8 @@ def losses_of(state):
     if not {"logs_dir", "name", "run_id", "seed"} <= args.keys():
         return rows
     path = runlog.log_path(args["logs_dir"], args["name"], args["run_id"], args["seed"])
-    streams = runlog.up_to(runlog.read(path), step) if path.exists() else {}
+    ours = read_record(path).get("identity") == state.get("record", {}).get("identity")  # not a later run of that name
+    streams = runlog.up_to(runlog.read(path), step) if ours and path.exists() else {}
     names = {"val": "validation, nats per token", "hella": "HellaSwag acc_norm"}
     last = {name: [column[-1] for column in streams[name]] for name in names if name in streams}
     return rows + [(names[name], at, f"{value:.4f}") for name, (at, value) in last.items()]
@@ -444,13 +446,22 @@ def data_of(state):
     rows = [("tokenizer", state.get("tokenizer"))]
     if "data_root" in args:
         rows.append(("shards", Path(args["data_root"]).name))
-        source = dataloader.read_meta(args["data_root"]).get("source")
+        source = source_of(args["data_root"], settings.get("data"))
         rows += [("source", json.dumps(source) if isinstance(source, dict) else source)] if source else []
     if "data" in settings:
         rows.append(("fingerprint of the shards", settings["data"]))
     if "total_batch_size" in args:
         rows.append(("tokens seen", f"{state.get('step', 0) * args['total_batch_size']:,}"))
     return [row for row in rows if row[1] is not None]
+
+
+def source_of(data_root, data):
+    """Where the text of the shards came from, or None; `data` is the fingerprint that they had."""
+    try:
+        same = data is None or dataloader.fingerprint(data_root) == data
+    except UserError:  # they are not here any more
+        return None
+    return dataloader.read_meta(data_root).get("source") if same else None
 
 
 def settings_of(config, state):

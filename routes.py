@@ -62,7 +62,7 @@ used today by engineers who decide how high a harbour wall must be, and no singl
 # Texts
 
 
-def read_sources(roots, tokenizer, max_tokens):
+def read_sources(roots, tokenizer, max_tokens, column="text"):
     """({name: tokens} of the texts, each cut to an equal part of max_tokens; notes on what was left out).
 
     UserError for a file that cannot be read or is not UTF-8, for too many files and for texts without any token.
@@ -72,9 +72,15 @@ def read_sources(roots, tokenizer, max_tokens):
     paths = list(dict.fromkeys(itertools.chain(*found)))
     if not 0 < len(paths) <= MAX_SOURCES:
         raise UserError(f"--text gives {len(paths)} text files: give 1 to {MAX_SOURCES}, each is a row of the tables")
-    folder = os.path.commonpath([path.absolute().parent for path in paths])
+    try:
+        folder = os.path.commonpath([path.absolute().parent for path in paths])
+    except ValueError:  # on several drives of Windows
+        folder = None
     texts = {} if roots else {"prose (built in)": PROSE.replace("\n", " ")}
-    texts |= {printable(os.path.relpath(path, folder)): read_text(path, 100 * max_tokens) for path in paths}
+    texts |= {
+        printable(os.path.relpath(path, folder) if folder else str(path)): read_text(path, column, 100 * max_tokens)
+        for path in paths
+    }
     every = {name: tokenizer.encode_to_numpy(text) for name, text in texts.items()}
     sources = {name: ids for name, ids in every.items() if len(ids)}
     if not sources:
@@ -90,9 +96,10 @@ def printable(name, encoding="utf-8"):
     return name.encode(encoding, "backslashreplace").decode()
 
 
-def read_text(path, max_chars):
+def read_text(path, column, max_chars):
     """First max_chars characters of a file, its documents joined by blank lines."""
-    blocks, documents = 1 + max_chars // textfiles.BLOCK, textfiles.read_documents(path, "text")
+    max_chars = min(max_chars, sys.maxsize)
+    blocks, documents = 1 + max_chars // textfiles.BLOCK, textfiles.read_documents(path, column)
     joined = ("".join(itertools.islice(chunks, blocks)) for chunks in itertools.islice(documents, max_chars))
     return "\n\n".join(joined)[:max_chars]
 
@@ -323,6 +330,7 @@ class Args:
     checkpoint: str  # Checkpoint of a MoE: a .pt file, a run folder (its newest), a Hugging Face folder
     out: str  # Folder for routes.html and the tables as CSV and PNG
     text: tuple[str, ...] = ()  # Text files or folders, a source per file; default: a paragraph of prose, Python code
+    column: str = "text"  # Column or JSON key that holds the text of a parquet or jsonl file
     against: str = ""  # Second checkpoint: adds the stability of the routing
     max_tokens: Annotated[int, Range(at_least=MAX_SOURCES)] = 20_000  # Tokens in all, shared equally by the sources
     device: str = "auto"  # cuda, mps or cpu; auto: the first that is available
@@ -351,7 +359,7 @@ def main():
     device = common.choose_device(args.device)
     paths = [args.checkpoint, *filter(None, [args.against])]
     models, tokenizer = open_moes(paths, device)
-    sources, notes = read_sources(args.text, tokenizer, args.max_tokens)
+    sources, notes = read_sources(args.text, tokenizer, args.max_tokens, args.column)
     common.check_writable(args.out, "--out")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)

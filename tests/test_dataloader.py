@@ -264,6 +264,9 @@ def test_meta(data):
     loader = DataLoader(data, "train", B, T)
     assert loader.tokenizer == "bytes"
     assert loader.describe() == f"{data}: 4 train shards, 428 tokens (bytes)"
+    meta = {"tokenizer": "bytes", "vocab_size": 257, "shards": shards, "complete": False}
+    (data / "meta.json").write_text(json.dumps(meta))
+    assert "(bytes); unfinished: run fineweb.py again" in DataLoader(data, "train", B, T).describe()
 
 
 def list_shards(folder, sha256=None):

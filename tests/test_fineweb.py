@@ -123,6 +123,17 @@ def write_parquet(path, texts, **options):
 # Formats
 
 
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, ("HuggingFaceFW/fineweb-edu", "sample-10BT", "edu_fineweb10B")),
+    ({"dataset": "HuggingFaceFW/fineweb-edu"}, ("HuggingFaceFW/fineweb-edu", "sample-10BT", "edu_fineweb10B")),
+    ({"config": "sample-100BT"}, ("HuggingFaceFW/fineweb-edu", "sample-100BT", "data/fineweb-edu")),
+    ({"dataset": "Skylion007/openwebtext"}, ("Skylion007/openwebtext", None, "data/openwebtext")),
+])  # fmt: skip
+def test_the_configuration_and_folder_of_a_data_set(given, expected):
+    args = fineweb.check_args(fineweb.Args(**given))
+    assert (args.dataset, args.config, args.out) == expected
+
+
 def test_every_format_gives_the_same_tokens(tmp_path, monkeypatch):
     texts = prose(120)
     write_jsonl(tmp_path / "a.jsonl", texts)

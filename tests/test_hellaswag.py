@@ -237,6 +237,10 @@ def test_a_malformed_line_is_named(tmp_path, line):
     assert len(hellaswag.load_examples(path, limit=1)) == 1  # lines beyond the limit are not read
 
 
+def test_a_limit_beyond_all_examples(tmp_path):
+    assert len(hellaswag.load_examples(write_lines(tmp_path / "h.jsonl", LINE, LINE), limit=10**20)) == 2
+
+
 @pytest.mark.parametrize("text", ["", "\n \n"])
 def test_a_file_without_examples_is_refused(tmp_path, text):
     path = tmp_path / "h.jsonl"

@@ -448,6 +448,10 @@ def test_the_card_of_a_run_has_its_losses_data_and_settings(train, tmp_path):
                 ["hellaswag_data", "hella.jsonl"], ["init_from", "scratch"]):  # fmt: skip
         assert row in rows, row
     assert str(tmp_path) not in card.text
+    for other in ({"identity": "0123456789ab"}, {"settings": {"data": "0123456789ab"}}):  # another run of this name
+        checkpoint.export_hf(model, tmp_path / "out", state | {"record": state["record"] | other})
+        text = (tmp_path / "out" / "README.md").read_text()
+        assert ("validation" not in text) == ("identity" in other) and ("source |" not in text) == ("settings" in other)
     shutil.rmtree("logs")
     checkpoint.export_hf(model, tmp_path / "out", state)
     assert "validation" not in (tmp_path / "out" / "README.md").read_text()

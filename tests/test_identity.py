@@ -308,9 +308,9 @@ def test_tokens_that_the_weights_do_not_know_are_refused(train, shards, tmp_path
     source = "checkpoints/source_test_seed_1337"
     start = {"name": "a", "data_root": str(tmp_path / "gpt2"), "vocab_size": 50304}
     for wrong in ({}, {"resume": "auto"}, {"eval_only": True}):  # auto: nothing is there to resume
-        with pytest.raises(UserError, match="was trained on bytes tokens|257 tokens"):
+        with pytest.raises(UserError, match=r"was trained on bytes tokens|257 tokens"):
             train(**start, **wrong, init_from=source)
-    with pytest.raises(UserError, match="was trained on bytes tokens|257 tokens"):
+    with pytest.raises(UserError, match=r"was trained on bytes tokens|257 tokens"):
         train(**start, resume=source, eval_only=True)
 
 

@@ -222,6 +222,14 @@ def test_a_long_file_is_not_read_to_its_end(tmp_path):
     assert len(sources["long.txt"]) == 100
 
 
+def test_the_column_of_a_table_and_more_tokens_than_a_machine_counts(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"content": "one"}\n')
+    with pytest.raises(UserError, match="--column is one of: content"):
+        routes.read_sources([str(tmp_path)], get_tokenizer("bytes"), 100)
+    sources, _ = routes.read_sources([str(tmp_path)], get_tokenizer("bytes"), 10**20, "content")
+    assert bytes(sources["a.jsonl"].tolist()) == b"one"
+
+
 def test_the_default_text_has_two_sources():
     sources, notes = routes.read_sources((), get_tokenizer("gpt2"), 2000)
     assert list(sources) == ["prose (built in)", "argparse.py"] and notes == [
