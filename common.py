@@ -454,15 +454,27 @@ def world():
     return rank, world_size
 
 
+def gpu_of_rank(local_rank):
+    """Name of the GPU of a rank: opened alone, because a context on another one takes memory that its rank needs."""
+    import torch
+
+    count, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if ranks > count:
+        raise UserError(
+            f"torchrun starts {ranks} processes on this machine, which has {count} GPUs: lower --nproc_per_node"
+        )
+    return f"cuda:{local_rank}"
+
+
 def set_up_machine(device, dtype, fsdp=False, timeout_s=600):
     """Machine from the settings of the same names; starts the process group where torchrun started this process."""
     import torch
     import torch.distributed as dist
 
     rank, world_size = world()
-    device = choose_device(device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    of_rank = "LOCAL_RANK" in os.environ and torch.cuda.is_available() and device.partition(":")[0] in ("auto", "cuda")
+    device = choose_device(gpu_of_rank(int(os.environ["LOCAL_RANK"])) if of_rank else device)
+    if of_rank:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         if "MASTER_ADDR" not in os.environ:

@@ -51,7 +51,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, groups, lr, momentum=0.95, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, ns_dtype=None):
         adamw_defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(groups, {**adamw_defaults, "momentum": momentum, "muon": False, "stacked": 1})
+        # Of a "fused" group torch moves AdamW's step to the device of the parameter when a state is loaded.
+        super().__init__(groups, {**adamw_defaults, "momentum": momentum, "muon": False, "stacked": 1, "fused": True})
         self.ns_dtype = ns_dtype
         for p in (p for group in self.param_groups if group["muon"] for p in group["params"]):
             if p.dim() not in (2, 3):

@@ -229,6 +229,25 @@ def test_every_file_imports_without_unix():
     assert set(done.stdout.split()) == files and len(files) > 25
 
 
+@pytest.mark.parametrize(("asked", "opened"), [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu")])
+def test_a_rank_opens_its_own_gpu_alone(monkeypatch, asked, opened):
+    seen = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append(str(device)))
+    monkeypatch.setattr(common, "choose_device", lambda name: seen.append(name) or torch.device(name))
+    assert str(common.set_up_machine(asked, "bfloat16").device) == opened
+    assert seen == [opened] * (1 if opened == "cpu" else 2)
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match="4 processes on this machine, which has 2 GPUs: lower --nproc_per_node"):
+        common.gpu_of_rank(0)
+
+
 def test_memory_is_known_without_proc(monkeypatch):
     device = torch.device("cpu")
     monkeypatch.setattr(Path, "read_text", lambda self: "")  # as where there is no /proc

@@ -247,6 +247,16 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path, fields):
         assert torch.equal(p, q), name
 
 
+def test_a_loaded_state_lies_on_the_device_of_its_parameters():
+    """AdamW's step too, which torch leaves on the CPU unless the group is fused; meta stands for a GPU."""
+    model = small_model()
+    train_step(model, optimizer := muon_of(model))
+    with torch.device("meta"):
+        other = small_model()
+    (loaded := muon_of(other)).load_state_dict(optimizer.state_dict())
+    assert {tensor.device.type for state in loaded.state.values() for tensor in state.values()} == {"meta"}
+
+
 def test_the_state_of_adamw_is_refused():
     model = small_model()
     adamw = torch.optim.AdamW(model.optimizer_groups(0.1), lr=1e-3)
