@@ -491,8 +491,9 @@ def set_up_machine(device, dtype, fsdp=False, timeout_s=600):
 def parallelize(model, args, machine):
     """Compile the model and wrap it in DDP or FSDP; parameters are shared with `model`.
 
-    Over several ranks, and where backward computes blocks again, each block is compiled by itself, in place: between
-    blocks gradients are reduced, or parameters gathered, while others are computed. Else the whole model is.
+    Over several ranks, and where backward computes blocks again, each block and the loss are compiled by themselves, in
+    place: between blocks gradients are reduced, or parameters gathered, while others are computed. Else the whole model
+    is.
     """
     import torch
     from torch.nn.parallel import DistributedDataParallel
@@ -504,6 +505,8 @@ def parallelize(model, args, machine):
     if compiled and by_block:
         for block in model.transformer.h:
             block.forward = torch.compile(block.forward)
+        for name in ("cross_entropy", "cross_entropy_with_z_loss"):
+            setattr(model, name, torch.compile(getattr(model, name)))
     model.recompute(args.recompute)
     if args.fsdp:
         return shard(model)

@@ -146,6 +146,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """`GPT(config)` draws its weights from `generator`, or from torch's default one."""
 
+    cross_entropy = staticmethod(linear_cross_entropy)
+    cross_entropy_with_z_loss = staticmethod(linear_cross_entropy_with_z_loss)
+
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
         if config.n_exp > 1 and config.top_k == 1 and config.gate == "topk_softmax":
@@ -220,9 +223,9 @@ class GPT(nn.Module):
         h = h.to(compute_dtype(h))
         h, weight, z_weight = h.flatten(0, 1), self.lm_head.weight, self.config.output_z_loss_weight
         if z_weight and reduction == "mean" and torch.is_grad_enabled():
-            loss, ce, z_loss = linear_cross_entropy_with_z_loss(h, weight, targets.flatten(), z_weight)
+            loss, ce, z_loss = self.cross_entropy_with_z_loss(h, weight, targets.flatten(), z_weight)
         else:
-            ce = linear_cross_entropy(h, weight, targets.flatten(), reduction)
+            ce = self.cross_entropy(h, weight, targets.flatten(), reduction)
             loss = ce if reduction == "mean" else ce.sum() / (targets >= 0).sum()
         for name, value in losses.items():
             loss = loss + getattr(self.config, ROUTER_LOSSES[name].weight) * value

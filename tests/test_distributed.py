@@ -106,7 +106,8 @@ def test_sharded_ranks_make_the_run_of_one_and_hold_their_part(alone, shards, tm
 
 
 def test_compiled_blocks_make_the_run_of_one(alone, shards, tmp_path):
-    """Each block compiled by itself, under DDP, and under FSDP with its activations computed again in backward."""
+    """Each block and the loss compiled by themselves, under DDP, and under FSDP with its activations computed again in
+    backward."""
     common = {"data_root": str(shards), "compile_on_cpu": True} | VARIANTS["aux"]
     runs = [common | {"name": "ddp"}, common | {"name": "fsdp", "fsdp": True, "recompute": "blocks"}]
     for name, streams in launch(2, tmp_path, runs).items():
