@@ -155,10 +155,8 @@ def fill_defaults(args):
 def choose_dtypes(args):
     if args.bench in ("tokenize", "loader"):
         return ["uint16"]  # their output; no arithmetic
-    if args.bench == "hellaswag":  # as hellaswag.py chooses
+    if args.bench in ("hellaswag", "sample"):  # as hellaswag.py and sample.py choose
         return ["bfloat16" if args.device == "cuda" else "float32"]
-    if args.bench == "sample":  # as sample.py
-        return ["float32"]
     return ["float32", "bfloat16"] if args.dtype == "both" else [args.dtype]
 
 

@@ -94,7 +94,7 @@ def fill_defaults(args):
     for field, value in defaults.items():
         if getattr(args, field) is None:
             setattr(args, field, value)
-    args.tokens = args.tokens or tuple(B * args.T for B in BATCHES)
+    args.tokens = tuple(sorted(set(args.tokens or (B * args.T for B in BATCHES))))
     args.tokenizer = "gpt2" if args.vocab_size >= GPT2Tokenizer.vocab_size else "bytes"
     if args.dtype == "both":
         args.dtype = "bfloat16" if args.device == "cuda" else "float32"
@@ -265,7 +265,7 @@ def step(args, end):
         yield f"one-hot {small}", section(small, ("dense", "top2_capacity", "one_hot"))
     yield f"imbalanced {small}", section(small, ("dense", "top2"), imbalanced=True)
     if args.device == "cuda" or args.compile:
-        for tokens in (small, large):
+        for tokens in dict.fromkeys((small, large)):
             yield f"compiled {tokens}", section(tokens, ("dense", "top2"), compile=True)
         for name in MORE_COMPILED:
             yield f"{name} compiled {small}", section(small, ("dense", name), compile=True)
@@ -312,8 +312,9 @@ def train(args, end):
     with tempfile.TemporaryDirectory() as folder:
         if not args.data_root:
             yield "shards", lambda: (make_shards(args, folder), {}, [])
-        for i, name in enumerate(RUNS):
-            yield f"run {name}", functools.partial(train_one, args, name, args.data_root or folder, end, len(RUNS) - i)
+        seconds = (end - time.monotonic()) / len(RUNS) - 2
+        for name in RUNS:
+            yield f"run {name}", functools.partial(train_one, args, name, args.data_root or folder, seconds)
 
 
 def make_shards(args, folder):
@@ -326,12 +327,12 @@ def make_shards(args, folder):
     return [{"shards": done.stdout.splitlines()[0].partition(": ")[2]}]
 
 
-def train_one(args, name, root, end, runs_left):
-    """Rows of val by step, tokens and hours of one run of the trainer; it gets its part of the time that is left.
+def train_one(args, name, root, seconds):
+    """Rows of val by step, tokens and hours of one run of the trainer, which takes so many seconds.
 
-    Its clock leaves out compiling, and SIGTERM, which it answers after a step, ends it in time.
+    Its schedule follows the clock of training, which leaves out compiling: so every run has the same. SIGTERM, which it
+    answers after a step, ends one that compiled for too long.
     """
-    seconds = (end - time.monotonic()) / runs_left - 2
     fixed = 45 if args.device == "cuda" else 2  # compiling, validating
     settings = {"name": name.lower(), "run_id": "gpu", "data_root": root, "logs_dir": str(args.out_dir),
                 "max_minutes": max(seconds / 4, seconds - fixed) / 60, "hellaswag_every": 0,

@@ -180,10 +180,11 @@ def bench_sample(args, dtype):
     def run_impl(name, data, mark):
         model, write = impls[name]
         texts[name] = []
-        for i, tokens in enumerate(write(model, prompt, QUARTERS * quarter), start=1):
-            texts[name].append(tokens.item())
-            if i % quarter == 0:
-                mark()
+        with autocast(args.device, sample.inference_dtype(prompt.device, model.config)):
+            for i, tokens in enumerate(write(model, prompt, QUARTERS * quarter), start=1):
+                texts[name].append(tokens.item())
+                if i % quarter == 0:
+                    mark()
 
     samples = interleave(args, {name: functools.partial(run_impl, name) for name in impls})
     return [sample_row(samples, texts, name) for name in impls], samples, sample_targets(samples)
