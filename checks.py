@@ -71,6 +71,12 @@ def model_config(args):
         raise UserError(f"--{error}") from None
 
 
+PART_OF = {  # a setting of a part, and the switch of that part; sweeps give it to variants with and without
+    "balance_scope": "use_aux_loss", "aux_loss_weight": "use_aux_loss", "router_z_loss_weight": "use_router_z_loss",
+    "bias_balance_rate": "use_bias_balance", "switch_tfm_init_scale": "use_switch_tfm_init",
+}  # fmt: skip
+
+
 def notes(args):
     """Settings that are allowed and surely not meant."""
     if args.warmup_steps >= args.max_steps:
@@ -78,6 +84,11 @@ def notes(args):
     ignored = identity.ignored_settings(args)
     if ignored:
         yield f"{', '.join(f'--{name}' for name in ignored)}: no effect on a dense model (--n_exp 1)"
+    for name, switch in PART_OF.items() if args.n_exp > 1 else ():
+        if not getattr(args, switch) and getattr(args, name) != identity.PUBLISHED[name]:
+            yield f"--{name}: no effect without --{switch}"
+    if args.recompute == "experts" and args.n_exp == 1:
+        yield "--recompute experts: no effect on a dense model (--n_exp 1)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,6 +155,6 @@ def check_memory(args, config, machine):
     needed, free = needed_bytes(args, config, machine), common.free_memory(machine.device)
     if sum(needed.values()) > free:
         parts = ", ".join(f"{part} {size / 1e9:,.1f}" for part, size in needed.items())
-        remedy = "lower --B, or choose a smaller model, or --optimizer adafactor"
+        remedy = "lower --B, or choose --recompute blocks, a smaller model, or --optimizer adafactor"
         needs = f"the run needs at least {sum(needed.values()) / 1e9:,.1f} GB ({parts})"
         raise UserError(f"{needs}, {free / 1e9:,.1f} GB are free: {remedy}")

@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypeVar
 
+import common
 from common import UserError, check_writable, hints, lock, metadata
 from dataloader import fingerprint
 
@@ -179,6 +180,13 @@ def choose_names(args):
     return run_stem(args.name, args.run_id, args.seed)
 
 
+def agree_on_names(args, machine):
+    """choose_names() for all ranks, by rank 0, which sees the folders of checkpoints."""
+    common.together(lambda: machine.is_main and choose_names(args), machine)
+    args.name, args.run_id = common.from_rank_0((args.name, args.run_id), machine)
+    return run_stem(args.name, args.run_id, args.seed)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is there already, and what may be resumed
 
@@ -299,8 +307,7 @@ def settle(args, state, stem, log_path, say):
     """(settings of the run, changes): of one that starts, continues, or branches off another run's checkpoint.
 
     Changes are those made on resume, [{"step": the first with the new values, "settings": {name: value}}].
-    Refuses a setting that would make it another run; names the ones that changed. log_path is None on a rank that
-    writes no log.
+    Refuses a setting that would make it another run; names the ones that changed. log_path is of the rank that writes.
     """
     if state is None:
         return settings_of(args), []

@@ -9,7 +9,6 @@ its checkpoints load. With n_exp > 1 the MLP of every `stride`-th block becomes 
 Shapes:  B sequences, S positions, D width, V vocabulary.
 """
 
-import contextlib
 import dataclasses
 import math
 import warnings
@@ -272,8 +271,8 @@ class GPT(nn.Module):
         """Backward computes this part of the model again, with the same random numbers, instead of keeping what forward
         made there: "experts" (the routed ones, from dispatch to combine), "blocks", or "none"."""
         for block in self.transformer.h:
-            if part == "blocks":  # the second forward must not count again what the first has counted
-                block.forward = computed_again(block.forward, context_fn=lambda mlp=block.mlp: second_forward(mlp))
+            if part == "blocks":
+                block.forward = computed_again(block.forward)
             elif part == "experts" and block.is_moe:
                 block.mlp.mix = computed_again(block.mlp.mix)
 
@@ -361,25 +360,11 @@ class GPT(nn.Module):
         return [group for group in groups if group["params"]]
 
 
-def computed_again(function, **options):
+def computed_again(function):
     """`function`, with torch's activation checkpointing where there are gradients."""
 
     def call(*args):
         again = torch.is_grad_enabled()
-        return checkpoint(function, *args, use_reentrant=False, **options) if again else function(*args)
+        return checkpoint(function, *args, use_reentrant=False) if again else function(*args)
 
     return call
-
-
-def second_forward(mlp):
-    """(context of the forward, context of the one that backward makes): a MoE layer counts nothing in the second."""
-
-    @contextlib.contextmanager
-    def without_counting():
-        mlp.counts = False
-        try:
-            yield
-        finally:
-            mlp.counts = True
-
-    return contextlib.nullcontext(), without_counting()

@@ -277,7 +277,6 @@ class MoE(nn.Module):
         self.shared = MLP(config, config.hidden_of_shared, dropout=0.0) if config.n_shared_exp else None
         self.dropout = nn.Dropout(config.dropout)
         self.config = config
-        self.counts = True  # False while backward computes a forward again
         # Statistics of the last forward, for the log: they stay on the device until GPT.router_stats() reads them.
         self.register_buffer("count", torch.zeros(config.n_exp), persistent=False)  # choices per expert
         self.register_buffer("stats", torch.zeros(self.COUNTS), persistent=False)  # see record()

@@ -12,7 +12,8 @@ the cross-entropy alone; the router losses have streams of their own (runlog.py 
 Randomness: weights come from a generator seeded with `seed`; noise and dropout of micro-batch m of step s from one
 seeded with (seed, s, m), whichever rank runs it; the order of the data from `data_seed`; samples from a generator of
 their own. So the random state of a run is (seed, step): resuming, another number of ranks and any amount of evaluation
-or sampling in between draw the same numbers. On CUDA sums by atomics may differ in the last digits.
+or sampling in between draw the same numbers. On CUDA sums by atomics may differ in the last digits, and compiled code
+draws noise and dropout per graph: others with --use_compile off, --recompute blocks, or several ranks for one.
 """
 
 import contextlib
@@ -430,10 +431,11 @@ def set_up(args, machine, stem, log_path, folder, console):
         lambda: identity.find_state(args, folder, log_path, console.say) if is_main else None, machine
     )
     brief = common.from_rank_0(state and {name: state[name] for name in identity.NEEDED}, machine)
-    own_log = log_path if is_main else None
-    settings, changes = common.together(lambda: identity.settle(args, brief, stem, own_log, console.say), machine)
+    settings, changes = common.together(
+        lambda: identity.settle(args, brief, stem, is_main and log_path, console.say), machine
+    )
     raw_model = common.together(lambda: build_model(args, machine, brief), machine)
-    source = None if brief or args.init_from == "scratch" else args.init_from
+    source = args.init_from if args.init_from != "scratch" and not brief else None
     loader, val_loader = common.together(lambda: make_loaders(args, machine, raw_model, source), machine)
     tokenizer = get_tokenizer(loader.tokenizer)
     model = common.parallelize(raw_model, args, machine)
@@ -487,10 +489,8 @@ def build_model(args, machine, state):
 
 
 def make_loaders(args, machine, model, source=None):
-    """The training batches of this rank, and the validation split, whose batches the ranks share out.
-
-    source: a checkpoint or model whose weights this one has; UserError where it was trained on another tokenizer's.
-    """
+    """The training batches of this rank, and the validation split, whose batches the ranks share out. UserError for
+    tokens of another tokenizer than those of `source`, whose weights the model has."""
     common_args = {"B": args.B, "T": args.T, "vocab_size": model.config.vocab_size, "device": machine.device}
     ranks = {"rank": machine.rank, "world_size": machine.world_size}
     loader = DataLoader(args.data_root, "train", data_seed=args.data_seed, **ranks, **common_args)
@@ -533,9 +533,7 @@ def run(args):
             args.hellaswag_limit = 200
     if args.eval_only:
         return evaluate_only(args, machine)
-    common.together(lambda: machine.is_main and identity.choose_names(args), machine)
-    args.name, args.run_id = common.from_rank_0((args.name, args.run_id), machine)
-    stem = identity.run_stem(args.name, args.run_id, args.seed)
+    stem = identity.agree_on_names(args, machine)
     log_path = runlog.log_path(args.logs_dir, args.name, args.run_id, args.seed)
     folder = Path(args.checkpoint_dir) / stem
     with contextlib.ExitStack() as locks:

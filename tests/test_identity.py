@@ -449,6 +449,18 @@ def test_settings_without_effect_are_named(train, capsys):
     assert "--warmup_steps 50 is not below --max_steps 10" in said
 
 
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"balance_scope": "step"}, ["--balance_scope: no effect without --use_aux_loss"]),
+    ({"balance_scope": "step", "use_aux_loss": True}, []),
+    ({"switch_tfm_init_scale": 0.1, "aux_loss_weight": 0.1}, ["--aux_loss_weight: no", "--switch_tfm_init_scale: no"]),
+    ({"recompute": "experts", "n_exp": 1}, ["--recompute experts: no effect on a dense"]),
+    ({"warmup_steps": 10}, ["--warmup_steps 10 is not below"]),
+], ids=str)  # fmt: skip
+def test_settings_without_effect_are_noted(settings, said):
+    notes = list(checks.notes(trainer.Args(**TINY_RUN | settings)))
+    assert len(notes) == len(said) and all(note.startswith(words) for note, words in zip(notes, said, strict=True))
+
+
 def test_parameters_are_counted_without_building_the_model():
     tricks = {"n_exp": 3, "stride": 1, "n_shared_exp": 2, "use_noisy_top_k": True}
     narrow = {"n_exp": 8, "expert_hidden": "iso", "first_dense": 1, "stride": 2, "qk_norm": True}
