@@ -76,7 +76,7 @@ DIVERGED_MARGIN = 1.0  # diverged: the trainer said so, or the last val is not f
 REGRESSED_MARGIN = 0.1  # regressed: the last val is this far above the run's best; healthy published runs: below 0.035
 # stuck: a run from scratch whose val never fell below this part of its first val. A model that knows only which token
 # follows which stands at 0.44 of it on bytes of English prose (2.46 of 5.55 nats) and higher on GPT-2's tokens; runs
-# that learn end at 0.27 to 0.35.
+# that learn end at 0.27 to 0.37, short ones at too high rates anywhere up to the line.
 STUCK_PART = 0.42
 STUCK_MIN_STEPS = 1000  # a shorter run may simply not have had the time
 UNFINISHED = 0.9  # unfinished: the run stopped before this part of the longest run of its group
