@@ -12,6 +12,7 @@ import common
 import identity
 from common import UserError
 from model import MODEL_FIELDS, GPTConfig
+from moe import ROUTER_LOSSES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -71,9 +72,10 @@ def model_config(args):
         raise UserError(f"--{error}") from None
 
 
-PART_OF = {  # a setting of a part, and the switch of that part; sweeps give it to variants with and without
-    "balance_scope": "use_aux_loss", "aux_loss_weight": "use_aux_loss", "router_z_loss_weight": "use_router_z_loss",
-    "bias_balance_rate": "use_bias_balance", "switch_tfm_init_scale": "use_switch_tfm_init",
+# A setting of a part, and the switch of that part; sweeps give it to variants with and without.
+PART_OF = {loss.weight: loss.switch for loss in ROUTER_LOSSES.values()} | {
+    "balance_scope": "use_aux_loss", "bias_balance_rate": "use_bias_balance",
+    "switch_tfm_init_scale": "use_switch_tfm_init",
 }  # fmt: skip
 
 
@@ -85,7 +87,7 @@ def notes(args):
     if ignored:
         yield f"{', '.join(f'--{name}' for name in ignored)}: no effect on a dense model (--n_exp 1)"
     for name, switch in PART_OF.items() if args.n_exp > 1 else ():
-        if not getattr(args, switch) and getattr(args, name) != identity.PUBLISHED[name]:
+        if not getattr(args, switch) and getattr(args, name) != identity.neutral(args, name):
             yield f"--{name}: no effect without --{switch}"
     if args.recompute == "experts" and args.n_exp == 1:
         yield "--recompute experts: no effect on a dense model (--n_exp 1)"

@@ -411,11 +411,12 @@ def add_speedups(table, groups, spec):
         fits.setdefault(found, []).append(name)
     words += [f"x: effective speedup over {', '.join(of)} ({fit}), one value per seed" for fit, of in fits.items()]
     for i, j in enumerate(chosen):
-        others = finals[i] if j in laws and i not in laws[j][2] else []
+        of_law = laws[j][2] if j in laws else []
+        others = finals[i] if of_law and i not in of_law else []
         others = [run for run in others if "tokens_per_step" in run.meta]
         pairs = pd.DataFrame([curves.speedup_of_pair(run, *laws[j][:2]) for run in others])
         pairs = pairs.reindex(columns=curves.CURRENCIES)
-        if not all(steady(finals[k]) for k in (i, *laws.get(j, ((), None, ()))[2])):
+        if not all(steady(finals[k]) for k in (i, *of_law)):
             pairs["hours"] = math.nan
         rows.append({f"x_{c}_mean": pairs[c].mean() for c in pairs} | {f"x_{c}_std": pairs[c].std() for c in pairs})
     return table.join(pd.DataFrame(rows)), "\n".join(words)

@@ -24,10 +24,8 @@ prompts, our total losses are its log-likelihoods, so `acc` agrees; acc_norm agr
 """
 
 import http.client
-import itertools
 import json
 import math
-import sys
 import tempfile
 import time
 import urllib.request
@@ -76,11 +74,8 @@ def load_examples(path=None, limit=None, flag="--data"):
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the HellaSwag jsonl with {flag} FILE") from error
-    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    examples = [
-        parse(line, f"{path} line {number}")
-        for number, line in itertools.islice(numbered, limit and min(limit, sys.maxsize))
-    ]
+    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    examples = [parse(line, f"{path} line {number}") for number, line in numbered[:limit]]
     if not examples:
         raise UserError(f"{path} holds no examples; delete it to download it again, or give another with {flag} FILE")
     return examples

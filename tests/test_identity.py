@@ -294,8 +294,7 @@ def test_settings_of_experts_are_checked_against_the_shape_of_the_weights(train)
 
 def test_the_record_tells_the_shape_of_the_weights(train, shards, tmp_path):
     train(name="source", max_steps=1)
-    defaults = {name: getattr(trainer.Args, name) for name in ("n_layer", "n_head", "n_embd", "vocab_size")}
-    train(name="a", init_from="checkpoints/source_test_seed_1337", max_steps=1, **defaults)
+    train(name="a", init_from="checkpoints/source_test_seed_1337", max_steps=1, **SHAPE)
     assert record_of()["args"]["n_layer"] == record_of()["config"]["n_layer"] == 2
     assert record_of()["args"]["vocab_size"] == 257
 
