@@ -4,9 +4,9 @@
 
 Trains a dense GPT-2, its Mixture of Experts (top 2 of 8 experts) and the same MoE with a load-balance loss: 2 layers,
 128 wide, bytes as tokens, the source of Python's standard library as text. Dense and balanced MoE are trained with two
-seeds, so that their difference can be compared with the difference between two seeds. Two CPU cores need about two and
-a half minutes. Every command is printed before it runs. Logs, text and figure are in results/demo/, shards in
-data/bytes/; an earlier results/demo/ is kept until the new one is complete.
+seeds, so that their difference can be compared with the difference between two seeds. Two CPU cores need two to four
+minutes. Every command is printed before it runs. Logs, text and figure are in results/demo/, shards in data/bytes/; an
+earlier results/demo/ is kept until the new one is complete.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ LAYER, N_EXP = 1, 8  # the MoE layer whose load the figure shows: without balanc
 
 @dataclass
 class Args:
-    steps: Positive = 700  # Training steps per model, 1,024 bytes each
+    steps: Positive = 450  # Training steps per model, 1,024 bytes each
     seed: Seed = 1  # First seed; the second is the next number
 
 
