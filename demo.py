@@ -4,9 +4,9 @@
 
 Trains a dense GPT-2, its Mixture of Experts (top 2 of 8 experts) and the same MoE with a load-balance loss: 2 layers,
 128 wide, bytes as tokens, the source of Python's standard library as text. Dense and balanced MoE are trained with two
-seeds, so that their difference can be compared with the difference between two seeds. Two CPU cores need two to four
-minutes. Every command is printed before it runs. Logs, text and figure are in results/demo/, shards in data/bytes/; an
-earlier results/demo/ is kept until the new one is complete.
+seeds, so that their difference can be compared with the difference between two seeds. Two slow CPU cores need less
+than four minutes. Every command is printed before it runs. Logs, text and figure are in results/demo/, shards in
+data/bytes/; an earlier results/demo/ is kept until the new one is complete.
 """
 
 import contextlib
