@@ -51,8 +51,8 @@ def plain_loss(model, idx, targets):
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-def train_curve(seed, dtype, plain):
-    """Losses (STEPS,) of a small model on bytes of Python source."""
+def train_curve(seed, plain):
+    """Losses (STEPS,) of a small model on bytes of Python source, under bf16 autocast."""
     text = np.frombuffer(Path(argparse.__file__).read_bytes(), np.uint8).astype(np.int64)
     model = GPT(GPTConfig(**SHAPE, use_noisy_top_k=True), torch.Generator().manual_seed(seed))
     if plain:
@@ -64,7 +64,7 @@ def train_curve(seed, dtype, plain):
         starts = rng.integers(len(text) - 17, size=8)
         rows = torch.from_numpy(np.stack([text[i : i + 17] for i in starts]))
         torch.manual_seed(1000 * seed + step)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
             idx, targets = rows[:, :-1], rows[:, 1:]
             loss = plain_loss(model, idx, targets) if plain else model(idx, targets).loss
         loss.backward()
@@ -76,11 +76,11 @@ def train_curve(seed, dtype, plain):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_200_steps_lie_within_seed_noise_of_plain_code(dtype):
-    """Losses averaged over 20 steps: fast and plain differ by less than two seeds do."""
+def test_200_steps_lie_within_seed_noise_of_plain_code():
+    """Losses averaged over 20 steps: fast and plain differ by less than two seeds do. In float32, where rounding is no
+    question, the tests of outputs and gradients say more."""
     plain, fast = (
-        np.stack([train_curve(seed, dtype, is_plain) for seed in SEEDS]).reshape(len(SEEDS), -1, 20).mean(-1)
+        np.stack([train_curve(seed, is_plain) for seed in SEEDS]).reshape(len(SEEDS), -1, 20).mean(-1)
         for is_plain in (True, False)
     )
     assert plain[:, -1].max() < plain[:, 0].min() - 1, "they learn"
