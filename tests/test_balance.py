@@ -292,6 +292,7 @@ def test_a_models_quantile_bias(gate):
     assert not any("margins" in name for name in model.state_dict())
 
 
+@pytest.mark.slow
 def test_a_trained_quantile_bias_is_that_of_the_training_steps_alone(train):
     for name, every in (("often", 1), ("never", 0)):
         _, streams = train(use_quantile_balance=True, name=name, val_loss_every=every)

@@ -221,6 +221,7 @@ def test_a_wrong_layer_is_found(monkeypatch):
     assert [line.split(",")[0] for line in report.failures({"parts": parts})] == ["correct"]
 
 
+@pytest.mark.slow
 def test_variants_drop_choices_and_see_the_same_noise():
     """Capacity and dropless differ; float32 on the CPU is its own reference, noise included."""
     found = correct.check_variant("router_full_prec", "cpu")

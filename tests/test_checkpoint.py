@@ -572,6 +572,7 @@ def write_set(path, background=False, keep=9, **fields):
     return model, optimizer
 
 
+@pytest.mark.slow
 def test_a_set_is_read_as_a_file_is(tmp_path):
     path = tmp_path / "step_000007"
     model, optimizer = write_set(path, **MOE)
@@ -592,6 +593,7 @@ def test_a_set_is_read_as_a_file_is(tmp_path):
     assert torch.equal(logits(upcycled, idx), logits(model, idx))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("background", [False, True])
 def test_a_set_holds_the_state_at_the_call_and_a_run_continues_from_it(tmp_path, background):
     model = small_model(**MOE)
@@ -637,6 +639,7 @@ def test_a_set_without_index_does_not_exist_and_the_next_save_removes_it(tmp_pat
     assert checkpoint.newest(tmp_path) == tmp_path / "step_000004"
 
 
+@pytest.mark.slow
 def test_a_damaged_set_gives_way_and_is_written_again(tmp_path, capsys):
     """Each part of the file, and the part that is not there at all."""
     for step in (1, 2):
@@ -734,6 +737,7 @@ def test_a_set_of_another_model_is_refused(tmp_path):
             checkpoint.set_state(model, adamw(model), state, "some run")
 
 
+@pytest.mark.slow
 def test_merge_writes_a_set_as_one_file(tmp_path, monkeypatch, capsys):
     model, optimizer = write_set(tmp_path / "run" / "step_000001", **MOE)
     words = ["checkpoint.py", "--checkpoint", str(tmp_path / "run"), "--merge", str(tmp_path / "one.pt")]

@@ -56,6 +56,7 @@ def test_bad_flags_leave_the_earlier_result(folders, monkeypatch, flags):
     assert names(folders) == ["demo"] and names(demo.OUT) == ["earlier.png"]
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_leaves_the_earlier_result(folders, monkeypatch, shards, capfd):
     monkeypatch.setattr(demo, "SHARDS", shards)  # of another source: fineweb.py refuses to add to them
     assert run_demo(monkeypatch) == common.USER_ERROR

@@ -113,6 +113,7 @@ class Narrow(GPTConfig):
         return self.n_exp > 1 and layer > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_exp", [1, 4])
 def test_widths_and_moe_layers_come_from_the_model(tmp_path, n_exp):
     model = GPT(Narrow(**SMALL | {"n_exp": n_exp, "n_shared_exp": 1}), torch.Generator().manual_seed(0))

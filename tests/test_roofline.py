@@ -91,6 +91,7 @@ def test_gradients_are_added_up():
     assert sum(k.bytes for k in kernels if k.kind == "accumulate") == 12 * sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch, capsys):
     words = "bench roofline --gpu a100 --n_layer 2 --n_embd 64 --n_head 2 --vocab_size 512 --T 64 --tokens 128 256"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--out_dir", str(tmp_path)])

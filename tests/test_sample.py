@@ -387,6 +387,7 @@ def main(monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_the_script_prints_samples(main, run_folder):
     flags = ["--checkpoint", run_folder, "--prompt", "héllo", "--num_samples", 2, "--max_new_tokens", 40]
     first, again, other = (main(*flags, "--seed", seed) for seed in (1, 1, 2))

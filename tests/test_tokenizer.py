@@ -34,6 +34,7 @@ def test_special_text_is_ordinary_text(name, start):
     assert tokenizer.eot not in ids and ids[:2] == start and tokenizer.decode(ids) == "<|endoftext|>"
 
 
+@pytest.mark.slow
 def test_fast_split_equals_the_published_pattern(gpt2):
     """Thirty thousand short texts of white space, quotes, letters and digits in any order."""
     draw = random.Random(0)
@@ -62,6 +63,7 @@ def random_character(draw):
     return chr(code if not 0xD800 <= code < 0xE000 else code - 0x1000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "bytes"])
 def test_ten_thousand_random_texts_equal_tiktoken(name, gpt2):
     """tiktoken with GPT-2's pattern and merges, and tiktoken with a token per byte."""

@@ -200,6 +200,7 @@ def test_bits_per_byte_of_gpt2_tokens_made_elsewhere(train, tmp_path):
     np.testing.assert_allclose(streams["val_bpb"][1], streams["val"][1] / np.log(2) * 3 * 4 * 32 / n_bytes, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_val_is_cross_entropy_alone(train, shards):
     """With router losses of any weight, val at step 0 is the same number."""
     _, light = train(**NOISY, run_id="a")
