@@ -8,12 +8,20 @@ A table in a page stands between two lines, and is replaced by the rows of the n
     <!-- end -->
 
 The first word is a folder in results/, the second the baseline as in `python runlog.py --baseline`, and the others are
-variants, with settings in the same form if one is not enough: half_width,n_exp=16.
+variants, with settings in the same form if one is not enough: half_width,n_exp=16. Folders that hold one learning rate
+each make one table, a row per variant and warmup and a column per rate:
+
+    <!-- digest: basin_* no_moe only_moe -->
+    <!-- end -->
 """
 
+import fnmatch
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import pandas as pd
 
 import common
 import compare
@@ -136,6 +144,39 @@ def short_table(folders, line):
     return markdown(shown)
 
 
+def table_of_rates(folders, line):
+    """The table of a marker's words: a pattern of folders, variants. The best rate of a row is in bold type."""
+    pattern, *variants = line.split()
+    found = {}
+    for runs in (runs for name in fnmatch.filter(folders, pattern) for runs in folders[name].groups):
+        place = compare.variant(runs), runs[0].settings["warmup_steps"], runs[0].settings["max_lr"]
+        if place[0] in variants:
+            if place in found:
+                raise UserError(f"<!-- digest: {line} -->: {place[0]} has two groups at one rate and warmup")
+            found[place] = runs
+    rates, rows = sorted({rate for *_, rate in found}), {place[:2] for place in found}
+    if absent := [name for name in variants if name not in {variant for variant, _ in rows}]:
+        raise UserError(f"<!-- digest: {line} -->: no runs of {absent[0]} in results/{pattern}")
+    table = []
+    for variant, warmup in sorted(rows, key=lambda row: (variants.index(row[0]), row[1])):
+        cells = [cell_of_rates(found.get((variant, warmup, rate))) for rate in rates]
+        best = min(mean for mean, _ in cells)
+        shown = [f"**{text}**" if mean == best < math.inf else text for mean, text in cells]
+        table.append([variant, label_of(variant), warmup, *shown])
+    return markdown(pd.DataFrame(table, columns=["variant", "label", "warmup", *(f"{rate:g}" for rate in rates)]))
+
+
+def cell_of_rates(runs):
+    """(mean of the last val, inf where a run failed; as text, with the standard deviation or how many failed)"""
+    if runs is None:
+        return math.inf, "-"
+    table = compare.measured(runs)
+    failed = table.state[table.state.isin(compare.FAILED)]
+    if len(failed):
+        return math.inf, f"{len(failed)} of {len(runs)} {failed.mode()[0]}"
+    return table.val.mean(), compare.spread(table.val.mean(), table.val.std(), 3)
+
+
 def label_of(name):
     return sweep.VARIANTS[name].label if name in sweep.VARIANTS else "-"
 
@@ -143,7 +184,11 @@ def label_of(name):
 def filled(text, folders):
     """The text of a page with every table between markers made anew."""
     marked = re.compile(r"(<!-- digest: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return marked.sub(lambda m: f"{m[1]}\n{short_table(folders, m[2])}\n{m[3]}", text)
+
+    def table(line):
+        return table_of_rates(folders, line) if "*" in line else short_table(folders, line)
+
+    return marked.sub(lambda m: f"{m[1]}\n{table(m[2])}\n{m[3]}", text)
 
 
 def pages():

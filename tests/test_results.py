@@ -109,6 +109,23 @@ def test_a_table_between_markers_is_made_anew():
             digest.filled(page.replace("cpu_small no_moe aux_only", words), folders)
 
 
+def test_a_table_of_rates_has_a_row_per_warmup():
+    """Three folders of one rate each: the best in bold, failures counted, a dash without runs."""
+    folders = {f"rates_{rate}": digest.Experiment(RESULTS / f"basin_{rate}") for rate in ("4e-3", "8e-3", "3.2e-2")}
+    table = digest.table_of_rates(folders, "rates_* switch_only no_moe")
+    heads, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert heads == ["variant", "label", "warmup", "0.004", "0.008", "0.032"]
+    assert [row[0] for row in rows] == ["`switch_only`"] * 2 + ["`no_moe`"] * 2
+    assert [row[2] for row in rows] == ["100", "400"] * 2
+    assert rows[0][3:] == ["1 of 3 stuck", "3 of 3 stuck", "-"]
+    assert rows[1][3:] == ["**1.938±0.005**", "2.092±0.045", "-"]
+    assert rows[2][3:] == ["**2.031±0.015**", "2.038±0.014", "3 of 3 stuck"]
+    with pytest.raises(UserError, match="no runs of absent"):
+        digest.table_of_rates(folders, "rates_* absent")
+    with pytest.raises(UserError, match="muon has two groups"):
+        digest.table_of_rates(folders, "rates_4e-3* muon")
+
+
 def test_the_rows_of_a_digest_table():
     """Against plain MoE the MoEs; against a baseline with settings those that differ in these alone."""
     groups = digest.Experiment(RESULTS / "cpu_small").groups
