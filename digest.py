@@ -16,12 +16,9 @@ each make one table, a row per variant and warmup and a column per rate:
 """
 
 import fnmatch
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
 
 import common
 import compare
@@ -147,34 +144,30 @@ def short_table(folders, line):
 def table_of_rates(folders, line):
     """The table of a marker's words: a pattern of folders, variants. The best rate of a row is in bold type."""
     pattern, *variants = line.split()
-    found = {}
-    for runs in (runs for name in fnmatch.filter(folders, pattern) for runs in folders[name].groups):
-        place = compare.variant(runs), runs[0].settings["warmup_steps"], runs[0].settings["max_lr"]
-        if place[0] in variants:
-            if place in found:
-                raise UserError(f"<!-- digest: {line} -->: {place[0]} has two groups at one rate and warmup")
-            found[place] = runs
-    rates, rows = sorted({rate for *_, rate in found}), {place[:2] for place in found}
-    if absent := [name for name in variants if name not in {variant for variant, _ in rows}]:
+    groups = [runs for name in fnmatch.filter(folders, pattern) for runs in folders[name].groups]
+    groups = [runs for runs in groups if compare.variant(runs) in variants]
+    table = compare.summary_of(groups)
+    if absent := [name for name in variants if name not in set(table.get("variant", ()))]:
         raise UserError(f"<!-- digest: {line} -->: no runs of {absent[0]} in results/{pattern}")
-    table = []
-    for variant, warmup in sorted(rows, key=lambda row: (variants.index(row[0]), row[1])):
-        cells = [cell_of_rates(found.get((variant, warmup, rate))) for rate in rates]
-        best = min(mean for mean, _ in cells)
-        shown = [f"**{text}**" if mean == best < math.inf else text for mean, text in cells]
-        table.append([variant, label_of(variant), warmup, *shown])
-    return markdown(pd.DataFrame(table, columns=["variant", "label", "warmup", *(f"{rate:g}" for rate in rates)]))
+    for setting in ("warmup_steps", "max_lr"):
+        table[setting] = [runs[0].settings[setting] for runs in groups]
+    row = ["variant", "warmup_steps"]
+    if (twice := table.duplicated([*row, "max_lr"])).any():
+        raise UserError(f"<!-- digest: {line} -->: {table.variant[twice].iloc[0]} has two groups at one rate")
+    table["best"] = table.val_mean.where(table[[*compare.FAILED]].sum(axis=1) == 0)
+    table["best"] = table.best == table.groupby(row).best.transform("min")
+    table["cell"] = [cell_of_rates(group) for group in table.itertuples()]
+    shown = table.pivot(index=row, columns="max_lr", values="cell").fillna("-").reindex(variants, level="variant")
+    shown = shown.rename(columns="{:g}".format).reset_index()
+    shown.insert(1, "label", list(map(label_of, shown.variant)))
+    return markdown(shown.rename(columns={"warmup_steps": "warmup"}))
 
 
-def cell_of_rates(runs):
-    """(mean of the last val, inf where a run failed; as text, with the standard deviation or how many failed)"""
-    if runs is None:
-        return math.inf, "-"
-    table = compare.measured(runs)
-    failed = table.state[table.state.isin(compare.FAILED)]
-    if len(failed):
-        return math.inf, f"{len(failed)} of {len(runs)} {failed.mode()[0]}"
-    return table.val.mean(), compare.spread(table.val.mean(), table.val.std(), 3)
+def cell_of_rates(group):
+    """Last val of a row of compare.summary(), or how many of its runs failed."""
+    failed = [f"{n} of {group.runs} {state}" for state in compare.FAILED if (n := getattr(group, state))]
+    val = compare.spread(group.val_mean, group.val_std, 3)
+    return ", ".join(failed) or (f"**{val}**" if group.best else val)
 
 
 def label_of(name):
@@ -182,13 +175,14 @@ def label_of(name):
 
 
 def filled(text, folders):
-    """The text of a page with every table between markers made anew."""
+    """The text of a page with every table between markers made anew; a pattern of folders asks for a table of rates."""
     marked = re.compile(r"(<!-- digest: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-    def table(line):
-        return table_of_rates(folders, line) if "*" in line else short_table(folders, line)
+    def anew(found):
+        table = table_of_rates if "*" in found[2] else short_table
+        return f"{found[1]}\n{table(folders, found[2])}\n{found[3]}"
 
-    return marked.sub(lambda m: f"{m[1]}\n{table(m[2])}\n{m[3]}", text)
+    return marked.sub(anew, text)
 
 
 def pages():

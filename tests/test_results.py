@@ -1,12 +1,17 @@
 """The digest, and the tables of variants in results/README.md and README.md, are those of the logs in results/."""
 
 import functools
+import itertools
 import re
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
+from scipy import stats
 
 import compare
+import curves
 import digest
 import runlog
 from common import UserError
@@ -44,10 +49,14 @@ def expected(header, row, seeds):
     )
 
 
+def by_hand(page):
+    """The text of a page without the tables that digest.py makes."""
+    return re.sub(r"<!-- digest:.*?<!-- end -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 def tables(page):
     """[(header, rows)] of the tables written by hand whose first column is `a variant`."""
-    by_hand = re.sub(r"<!-- digest:.*?<!-- end -->", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
-    lines = [line.strip() for line in by_hand.splitlines()]
+    lines = [line.strip() for line in by_hand(page).splitlines()]
     blocks = re.findall(r"(?:^\|.*\|\n?)+", "\n".join(lines), re.MULTILINE)
     cells = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()] for block in blocks]
     return [(rows[0], rows[2:]) for rows in cells if len(rows) > 2 and re.fullmatch(r"`\w[\w.]*`", rows[2][0])]
@@ -71,6 +80,122 @@ def test_tables_of_variants(page):
         for column, header in enumerate(headers[1:], start=1):
             if any(expected(header, *group) is not None for groups in facts(FOLDERS[0]).values() for group in groups):
                 assert any(holds(folder, header, column, rows) for folder in FOLDERS), f"{page}: column {header!r}"
+
+
+# -- numbers in sentences: `-0.039 [-0.058, -0.020]`, and runs that are stuck
+
+
+@functools.cache
+def experiments():
+    return digest.experiments()
+
+
+def losses(runs, states=("ok",)):
+    """{seed and data: last val} of the runs in these states."""
+    good = [run for run in runs if runlog.state_of(run) in states and "val" in run.streams]
+    return {curves.pair_key(run): run.streams["val"][1][-1] for run in good}
+
+
+def interval(values, digits=3):
+    """Mean and 95 % interval by t, as printed."""
+    mean, half = np.mean(values), stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return as_printed(mean, mean - half, mean + half, digits)
+
+
+def as_printed(mean, low, high, digits=3):
+    """Rounded; the same for the opposite sign, because a sentence says in words which side is lower."""
+    mean, low, high = (round(x * 10**digits) for x in (mean, low, high))
+    return digits, *min((mean, low, high), (-mean, -high, -low))
+
+
+def minus(a, b):
+    """Paired differences of two losses()."""
+    return np.array([a[key] - b[key] for key in a if key in b])
+
+
+def differences():
+    """The intervals of all pairs of groups of one folder: of the runs that are ok, and of all that ended."""
+    found = set()
+    for experiment in experiments().values():
+        for states in (("ok",), ("ok", *compare.FAILED)):
+            for a, b in itertools.combinations([losses(runs, states) for runs in experiment.groups], 2):
+                if len(apart := minus(a, b)) > 1 and np.ptp(apart) > 0:
+                    found.add(interval(apart))
+    return found
+
+
+def gap(folder, *specs):
+    """The paired difference of two groups, each a variant with settings as a marker has them."""
+    groups = experiments()[folder].groups
+    a, b = (losses(groups[compare.matching(groups, spec)[0]]) for spec in specs)
+    return minus(a, b)
+
+
+def speedups():
+    """{steps: a DataFrame, a row per seed} of the effective speedup of top 2 over dense in `lengths`."""
+    groups = experiments()["lengths"].groups
+    dense = [run for i in compare.matching(groups, "no_moe") for run in groups[i]]
+    law = curves.fit_power_law([(end.spent["tokens"], end.loss) for end in map(curves.final, dense)])
+    moes = {groups[i][0].settings["max_steps"]: groups[i] for i in compare.matching(groups, "only_moe")}
+    return {
+        steps: pd.DataFrame([curves.speedup_of_pair(run, dense, law) for run in sorted(runs, key=lambda run: run.seed)])
+        for steps, runs in moes.items()
+    }
+
+
+def more_intervals():
+    """Those of differences between differences, and of speedups, which have two digits."""
+    muon, adamw = gap("methods", "muon", "dense_muon"), gap("methods", "only_moe", "no_moe,n_embd=128")
+    switch = gap("equal", "switch_mlp", "only_moe"), gap("equal", "dense_switch_mlp", "no_moe,max_steps=2000")
+    leads = [gap("lengths", f"only_moe,max_steps={n}", f"no_moe,max_steps={n}") for n in (1000, 4000)]
+    x = speedups()
+    of_speed = [x[steps][currency] for steps in x for currency in curves.CURRENCIES] + [x[4000].tokens - x[1000].tokens]
+    return set(map(interval, (muon - adamw, switch[0] - switch[1], leads[1] - leads[0]))) | {
+        interval(values.to_numpy(), digits=2) for values in of_speed
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(RESULTS.parent)))
+def test_intervals_in_sentences(page):
+    number = r"([-+]?\d+\.\d+)"
+    found = re.findall(rf"{number}\s+\[{number},\s+{number}\]", by_hand(page))
+    known = differences() | more_intervals()
+    wrong = [words for words in found if as_printed(*map(float, words), len(words[0].partition(".")[2])) not in known]
+    assert len(found) > 25 and not wrong
+
+
+TRICKS = ("noisy_top_k", "aux_only", "z_only", "switch_only", "switch_tfm_init")
+SEVEN = ("no_moe", "only_moe", *TRICKS)
+RATES = [2e-3, 4e-3, 8e-3, 1.2e-2]
+STUCK = [  # words of a page, variants, warmup, rates, stuck runs, all runs
+    ("nothing is stuck (none of 21 runs of the seven", SEVEN, 100, [2e-3], 0, 21),
+    ("learn up to 1.2e-2 (none of 36 runs is stuck)", ("no_moe", "only_moe", "aux_only"), 100, RATES, 0, 36),
+    ("with a z-loss up to 8e-3", ("z_only",), 100, RATES[:3], 0, 9),
+    ("with noise up to 4e-3, with all tricks up to 4e-3", ("noisy_top_k", "switch_tfm_init"), 100, RATES[:2], 0, 12),
+    ("with Switch initialisation alone at 2e-3 only", ("switch_only",), 100, [2e-3], 0, 3),
+    ("17 of 18 MoE runs are stuck", ("only_moe", *TRICKS), 100, [1.6e-2], 17, 18),
+    ("and 2 of 3 dense ones", ("no_moe",), 100, [1.6e-2], 2, 3),
+    ("up to 1.2e-2 nothing is stuck (none of 84 runs)", SEVEN, 400, RATES, 0, 84),
+    ("At 1.6e-2 3 of 21 runs are", SEVEN, 400, [1.6e-2], 3, 21),
+    ("none of 6 MoEs does", ("only_moe", "switch_tfm_init"), 400, [3.2e-2], 6, 6),
+    ("3 of 3 runs with Switch initialisation", ("switch_only",), 100, [1.2e-2], 3, 3),
+    ("and 3 of 3 with noise get stuck", ("noisy_top_k",), 100, [1.2e-2], 3, 3),
+    ("and 0 of 9 dense, plain top-2 and load-balanced runs", ("no_moe", "only_moe", "aux_only"), 100, [1.2e-2], 0, 9),
+    ("With 400 warmup steps 0 of 30 do at both rates", ("no_moe", "only_moe", "aux_only", "noisy_top_k", "switch_only"),
+     400, [8e-3, 1.2e-2], 0, 30),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "variants", "warmup", "rates", "n", "total"), STUCK, ids=[row[0] for row in STUCK])
+def test_counts_of_stuck_runs_in_sentences(words, variants, warmup, rates, n, total):
+    assert words in " ".join(" ".join(map(by_hand, PAGES)).split())
+    groups = [runs for name, found in experiments().items() if name.startswith("basin_") for runs in found.groups]
+    runs = [run for runs in groups if compare.variant(runs) in variants for run in runs]
+    runs = [run for run in runs if run.settings["warmup_steps"] == warmup and run.settings["max_lr"] in rates]
+    states = list(map(runlog.state_of, runs))
+    assert (states.count("stuck"), len(states)) == (n, total) and set(states) <= {"ok", "stuck"}
 
 
 def test_a_wrong_number_would_be_seen():
