@@ -198,6 +198,157 @@ def test_counts_of_stuck_runs_in_sentences(words, variants, warmup, rates, n, to
     assert (states.count("stuck"), len(states)) == (n, total) and set(states) <= {"ok", "stuck"}
 
 
+# -- the other numbers of results/README.md: sentences made here from the logs, which must stand in it word for word
+
+
+def group_of(folder, spec):
+    groups = experiments()[folder].groups
+    return groups[compare.matching(groups, spec)[0]]
+
+
+def lead(folder, *specs):
+    """How far the first group ends below the second, the mean over pairs of seeds."""
+    return f"{-gap(folder, *specs).mean():.3f}"
+
+
+def welch(name):
+    """Unpaired difference to plain top 2 in cpu_small, with the half-width of its interval."""
+    pair = (list(losses(group_of("cpu_small", spec)).items()) for spec in (name, "only_moe"))
+    found = compare.difference(*pair)
+    return f"{found.minus:+.3f} ± {(found.high - found.low) / 2:.3f}"
+
+
+def row_against(baseline, folder, spec):
+    """The row of a group in what `python runlog.py results/FOLDER --baseline BASELINE` prints."""
+    groups = experiments()[folder].groups
+    return compare.add_differences(compare.summary_of(groups), groups, baseline).loc[compare.matching(groups, spec)[0]]
+
+
+def measured(spec, column):
+    """A column of runlog.table_of_runs() of a group of cpu_small, from the lowest to the highest."""
+    return sorted(runlog.table_of_runs(group_of("cpu_small", spec))[column])
+
+
+def seeds(folder, spec):
+    """The last val of each seed, in the order of SEEDS."""
+    val = {run.seed: run.streams["val"][1][-1] for run in group_of(folder, spec)}
+    return " ".join(f"{val[seed]:.3f}" for seed in SEEDS)
+
+
+def stuck(folder, *specs):
+    """`1 of 3`, of the runs of these groups."""
+    states = [runlog.state_of(run) for spec in specs for run in group_of(folder, spec)]
+    return f"{states.count('stuck')} of {len(states)}"
+
+
+def over(stream, name, first, last=1000):
+    """Mean of a stream of each run of `balance` from one step to another."""
+    columns = [run.streams[stream] for run in group_of("balance", name)]
+    return [values[(steps >= first) & (steps <= last)].mean() for steps, values in columns]
+
+
+def sentences_of_equal():
+    dense, wide = "no_moe,max_steps=2000", [f"half_width,n_exp={n}" for n in (8, 16, 32, 64)]
+    narrow = [lead("equal", name, dense) for name in wide]
+    yield f"(-{narrow[0]}). With full-width"
+    row = row_against("no_moe,max_steps=2596", "equal", "only_moe")
+    yield f"it leads by {-row.minus:.3f}, p = {row.p:.3f}, which does not pass"
+    yield f"8, 16 and 32 narrow experts end {narrow[0]}, {narrow[1]} and {narrow[2]} below dense"
+    assert (gap("equal", wide[3], dense) > 0).all()
+    yield "64 experts are worse than dense in every seed"
+    frozen, learned = lead("equal", "frozen_router", dense), lead("equal", "only_moe", dense)
+    yield f"keeps about half of the gain: {frozen} of {learned} below dense"
+    row = row_against("frozen_router", "equal", "only_moe")
+    yield f"(p = {row.p:.2f}; {row.p_holm:.2f} after Holm's correction)"
+    yield f"Dense gains {lead('equal', 'dense_switch_mlp', dense)} by it"
+    same = lead("equal", "switch_mlp", "dense_switch_mlp")
+    yield f"with the same initialisation is {same}, not {lead('equal', 'switch_mlp', dense)}."
+
+
+def sentences_of_balance():
+    names = ("aux_only", "bias_balance", "step_balance", "quantile_balance")
+    rows = [row_against("only_moe", "balance", name) for name in names]
+    yield f"the intervals reach from {min(row.low for row in rows):.3f} to {max(row.high for row in rows):+.3f}."
+    vio = {name: over("max_vio", name, 200) for name in names}
+    mean = {name: f"{np.mean(values):.2f}" for name, values in vio.items()}
+    yield f"(mean MaxVio {mean['quantile_balance']} over steps 200 to 1,000)"
+    yield f"the losses follow ({mean['aux_only']} and {mean['step_balance']})"
+    low, high, drop = min(vio["bias_balance"]), max(vio["bias_balance"]), np.mean(over("drop_frac", "bias_balance", 0))
+    yield f"({mean['bias_balance']}; from {low:.2f} to {high:.2f} by seed, and {100 * drop:.0f} % of choices"
+
+
+def sentences_of_the_basin():
+    first_products = "moe_n_layer_4_n_head_4_n_embd_128_mlp_init_switch-fc_T_64_max_lr_0.008_warmup_steps_100"
+    tenth = "moe_switch_tfm_init_init_scale_0.1_n_layer_4_n_head_4_n_embd_128_T_64_max_lr_0.008_warmup_steps_100"
+
+    def at(name, warmup=100):
+        """How many are stuck at 8e-3, and the last val of each seed."""
+        spec = f"{name},warmup_steps={warmup}"
+        return stuck("basin_8e-3", spec), f"({seeds('basin_8e-3', spec)})"
+
+    yield f"routers and experts, as in the paper, are stuck in {at('switch_only')[0]} runs"
+    yield f"all MLPs without the routers (`switch_mlp`) in {at('switch_mlp')[0]}"
+    yield f"as the published code has it, in {' '.join(at(first_products))}"
+    yield f"at a tenth of the scale, which the paper recommends, in {' '.join(at(tenth))}"
+    yield f"With the other tricks that tenth is stuck again, {' '.join(at('switch_tfm_init_0.1'))}"
+    yield f"and after 400 steps in {at('switch_tfm_init_0.1', 400)[0]}."
+    yield f"with all its MLPs initialised like this is stuck in {at('dense_switch_mlp')[0]}."
+    count, val = at("noise_scaled")
+    yield f"{count} are stuck at 0.4 of the published scale {val}, {at('noisy_top_k')[0]} at the published one"
+    yield f"{at('aux_loss')[0]} with a load-balance loss beside it, {at('z_loss')[0]} with a z-loss as well."
+    basin = [found for name, found in experiments().items() if name.startswith("basin_")]
+    firsts = [run.streams["val"][1][0] for found in basin for runs in found.groups for run in runs]
+    yield f"0.42 of its first ({0.42 * min(firsts):.2f} to {0.42 * max(firsts):.2f}; "
+    near = losses(group_of("basin_1.2e-2", "no_moe,warmup_steps=100"))
+    yield f"at 1.2e-2 one does (dense, {max(near.values()):.3f}), at the two highest"
+    late = {}
+    for name in ("switch_only", "only_moe", "aux_only"):
+        group = group_of("basin_1.6e-2", f"{name},warmup_steps=400")
+        late[name] = f"{max(losses(group, ('stuck',)).values()):.3f}"
+    yield f"one with Switch initialisation alone ({late['switch_only']}), and one plain and one with a load-balance"
+    yield f"late rather than on a plateau ({late['only_moe']}, {late['aux_only']})."
+    dense = sorted(losses(group_of("basin_3.2e-2", "no_moe,warmup_steps=400")).values())
+    yield f"dense runs end just below it ({dense[0]:.2f} to {dense[-1]:.2f})"
+    alone = [gap("basin_4e-3", f"{name},warmup_steps={w}", f"only_moe,warmup_steps={w}")
+             for name in ("noisy_top_k", "aux_only", "z_only") for w in (100, 400)]  # fmt: skip
+    for apart in alone:
+        _, _, low, high = interval(apart)
+        assert low < 0 < high
+    most = max(abs(apart.mean()) for apart in alone)
+    yield f"alone differ from plain top 2 by {most:.3f} at most, every interval holding zero"
+    yield f"noise is stuck in {stuck('rates_1.6e-2', 'noisy_top_k,warmup_steps=100')} with 100 warmup steps and in none"
+    assert stuck("rates_1.6e-2", "noisy_top_k,warmup_steps=400", "no_moe", "only_moe").startswith("0 of")
+
+
+def sentences_of_the_older_runs():
+    vio, drop = ({name: measured(name, column) for name in ("only_moe", "noisy_top_k", "aux_only", "bias_balance")}
+                 for column in ("max_vio", "drop_frac"))  # fmt: skip
+    low, _, high = (f"{100 * part:.0f}" for part in drop["only_moe"])
+    yield f"MaxVio is {vio['only_moe'][0]:.1f} to {vio['only_moe'][-1]:.1f} and capacity 1.25 drops {low} to {high} %"
+    yield f"({100 * drop['noisy_top_k'][0]:.0f} to {100 * drop['noisy_top_k'][-1]:.0f} %)"
+    yield f"MaxVio is {np.mean(vio['aux_only']):.1f} and at most {100 * max(drop['aux_only']):.1f} % is dropped"
+    yield f"with bias balancing {np.mean(vio['bias_balance']):.1f} and {100 * max(drop['bias_balance']):.1f} %."
+    yield f"plain: {welch('aux_only')}; bias balancing {welch('bias_balance')}; `dropless` {welch('dropless')}; "
+    yield f"noise {welch('noisy_top_k')} (95 % intervals)"
+    fast, no_noise = "cpu_small_lr_0.016", "moe_aux_loss_router_z_loss_router_full_prec"
+    switch = "moe_aux_loss_router_z_loss_switch_tfm_init_router_full_prec"
+    yield f"{stuck(fast, 'noisy_top_k', 'aux_loss', 'router_full_prec')} runs with noise are stuck"
+    assert stuck(fast, "only_moe", "aux_only", "dropless", no_noise) == "0 of 12"
+    yield "of the 12 MoE runs without noise none"
+    yield f"none, though seed 2025 came close: {max(losses(group_of(fast, 'no_moe')).values()):.3f})"
+    yield f"Switch's at 1.0 is stuck in {stuck(fast, 'switch_tfm_init', switch)} runs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sentences", [sentences_of_equal, sentences_of_balance, sentences_of_the_basin, sentences_of_the_older_runs]
+)
+def test_sentences_have_the_numbers_of_the_logs(sentences):
+    page = " ".join(by_hand(PAGES[0]).split())
+    absent = [words for words in sentences() if " ".join(words.split()) not in page]
+    assert not absent
+
+
 def test_a_wrong_number_would_be_seen():
     headers = ["variant", "what", "val, nats per byte", "diverged", "spikes per run", "MaxVio", "last val at 4e-3"]
     right = ["`aux_only`", "x", "1.638 ± 0.004", "0 of 3", "0.3", "0.21", "1.636 1.642 1.634"]
