@@ -1,4 +1,4 @@
-"""Fast operators of the model: chunked cross-entropy, dispatch and combine, the linear layer of each expert, KV cache.
+"""Fast operators of the model: chunked cross-entropy, GELU, dispatch and combine, the experts, KV cache.
 
 Each docstring begins with the value that is computed and names its plain reference in tests/test_kernels.py, which
 checks outputs and all gradients.
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,26 +129,56 @@ def chunk_rows(h, weight):
 # GELU
 
 PER_PART = 2**17  # elements whose passes stay in the cache
+SCALE, CUBIC = (
+    math.sqrt(8 / math.pi),
+    0.044715,
+)  # GELU with tanh, as GPT-2 has it: x * sigmoid(SCALE * (x + CUBIC * x^3))
+
+
+def sigmoid_and_slope(x):
+    """(s, GELU'(x)) of GELU(x) = x s, s = sigmoid(v), at least in float32. Reference: torch's own GELU.
+
+    GELU'(x) = s + s (1 - s) x dv/dx, where x dv/dx = 3 v - 2 SCALE x. torch's tanh is slower than these passes.
+    """
+    v = scaled_cubic(x)
+    w = torch.sub(v, x, alpha=2 / 3 * SCALE)  # x dv/dx / 3
+    s = v.sigmoid_()
+    return s, torch.add(s, torch.ops.aten.sigmoid_backward(w, s), alpha=3)
+
+
+def scaled_cubic(x):
+    """SCALE * (x + CUBIC * x^3)."""
+    return torch.addcmul(x.new_full((), SCALE), x, x, value=CUBIC * SCALE).mul_(x)
+
+
+def goes_by_parts(x):
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def parts(*tensors):
+    """Flat parts of PER_PART elements, of all tensors together."""
+    return zip(*(x.reshape(-1).split(PER_PART) for x in tensors), strict=True)
 
 
 def gelu_forward(x):
-    """GELU with tanh, as GPT-2 has it. Reference: torch's own.
-
-    On the CPU as x * sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3), which is the same function: torch's tanh is slower
-    than these passes.
-    """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    """GELU with tanh. Reference: torch's own."""
+    if not goes_by_parts(x):
         return F.gelu(x, approximate="tanh")
-    y, two = torch.empty_like(x, memory_format=torch.contiguous_format), math.sqrt(8 / math.pi)
-    for x_c, y_c in zip(x.reshape(-1).split(PER_PART), y.view(-1).split(PER_PART), strict=True):
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for x_c, y_c in parts(x, y):
         x_c = at_least_float32(x_c)
-        two_u = torch.addcmul(x_c.new_full((), two), x_c, x_c, value=0.044715 * two).mul_(x_c)
-        torch.mul(two_u.sigmoid_(), x_c, out=y_c)
+        torch.mul(scaled_cubic(x_c).sigmoid_(), x_c, out=y_c)
     return y
 
 
 def gelu_backward(grad, x):
-    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    """The gradient of x where `grad` is that of GELU(x). Reference: torch's own."""
+    if not goes_by_parts(x):
+        return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for grad_c, x_c, grad_x_c in parts(grad, x, grad_x):
+        torch.mul(sigmoid_and_slope(at_least_float32(x_c))[1], grad_c, out=grad_x_c)
+    return grad_x
 
 
 class Gelu(torch.autograd.Function):
@@ -215,12 +246,8 @@ def combine(y_ND, gate_TK, row_N):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The linear layer of each expert on its own rows
-
-
-def expert_of_rows(ends_E, n_rows):
-    """Expert of each sorted row, (N,)."""
-    return torch.searchsorted(ends_E, torch.arange(n_rows, device=ends_E.device), right=True)
+# The experts on the CPU: one after another, each on its own sorted rows, so that what is between its products stays in
+# the cache
 
 
 def window_step(n_rows, dtype):
@@ -235,87 +262,108 @@ def window_step(n_rows, dtype):
 def row_windows(ends, dtype):
     """Windows (expert, low, start, end) of sorted rows, one product each: rows start:end are the expert's own.
 
-    Each window is padded backwards to a rounded size, low:end. Experts come last to first, so the borrowed rows
-    low:start are computed again, and overwritten, by the experts that own them. An expert with too few rows before it
+    Each window is padded backwards to a rounded size, low:end. Windows come last to first, so the borrowed rows
+    low:start are computed again, and overwritten, by the windows that own them. An expert with too few rows before it
     gets two windows; one without rows gets an empty window.
     """
     for e, (start, end) in reversed(list(enumerate(itertools.pairwise([0, *ends])))):
         step = window_step(end - start, dtype)
         rounded = math.ceil((end - start) / step) * step
-        if rounded > end:
+        if rounded <= end:
+            yield e, end - rounded, start, end
+        else:
             full = end - (end - start) % step
+            yield e, max(0, end - step), full, end
             if start < full:
                 yield e, start, start, full
-            start, rounded = full, step
-        yield e, max(0, end - rounded), start, end
 
 
-@torch.library.custom_op("moe::grouped_linear", mutates_args=())
-def grouped_linear_loop(x_ND: torch.Tensor, weight_EDF: torch.Tensor, bias_EF: torch.Tensor | None,
-                        ends_E: torch.Tensor) -> torch.Tensor:  # fmt: skip
-    """Rows ends[e-1]:ends[e] of x times weight[e], plus bias[e]: one product per expert and window.
+def linear(x, weight, bias, e, out):
+    """out = x times weight[e], plus bias[e] unless bias is None."""
+    if bias is None:
+        torch.mm(x, weight[e], out=out)
+    else:
+        torch.addmm(bias[e], x, weight[e], out=out)
+
+
+@torch.library.custom_op("moe::experts", mutates_args=())
+def experts_loop(x_TD: Tensor, pair_N: Tensor, fc: Tensor, fc_bias: Tensor | None, proj: Tensor,
+                 proj_bias: Tensor | None, ends_E: Tensor) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Pre-activations (N, H) and outputs (N, D) of the experts on the sorted rows. Reference: `loop_over_experts`.
 
     For the CPU, and for float32 on CUDA, which F.grouped_mm does not support (the row counts then come to the host,
     which is slow). A custom operator, so that torch.compile sees one node of fixed shape.
     """
-    y_NF = x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
-    for e, low, _, end in row_windows(ends_E.tolist(), x_ND.dtype):
-        if bias_EF is None:
-            torch.mm(x_ND[low:end], weight_EDF[e], out=y_NF[low:end])
-        else:
-            torch.addmm(bias_EF[e], x_ND[low:end], weight_EDF[e], out=y_NF[low:end])
-    return y_NF
+    a_NH, y_ND = x_TD.new_empty(len(pair_N), fc.shape[2]), x_TD.new_empty(len(pair_N), x_TD.shape[1])
+    for e, low, _, end in row_windows(ends_E.tolist(), x_TD.dtype):
+        if low < end:
+            linear(dispatch(x_TD, pair_N[low:end]), fc, fc_bias, e, out=a_NH[low:end])
+            linear(gelu_forward(a_NH[low:end]), proj, proj_bias, e, out=y_ND[low:end])
+    return a_NH, y_ND
 
 
-@grouped_linear_loop.register_fake
-def _(x_ND, weight_EDF, bias_EF, ends_E):
-    return x_ND.new_empty(x_ND.shape[0], weight_EDF.shape[2])
+@experts_loop.register_fake
+def _(x_TD, pair_N, fc, fc_bias, proj, proj_bias, ends_E):
+    return x_TD.new_empty(len(pair_N), fc.shape[2]), x_TD.new_empty(len(pair_N), x_TD.shape[1])
 
 
-def zero_first_rows(x, n):
-    """x with its first n rows set to zero; a copy unless n is 0."""
-    return torch.cat([torch.zeros_like(x[:n]), x[n:]]) if n else x
+@torch.library.custom_op("moe::experts_backward", mutates_args=())
+def experts_backward_loop(
+    grad_TD: Tensor, x_TD: Tensor, pair_N: Tensor, gate_N: Tensor, fc: Tensor, proj: Tensor, a_NH: Tensor,
+    ends_E: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients by the windows of `experts_loop`: of the dispatched rows (N, D), of the gates (N,) without their part
+    from proj_bias, of fc, fc_bias, proj and proj_bias."""
+    grad_ND, grad_gate_N = grad_TD.new_empty(len(pair_N), x_TD.shape[1]), torch.empty_like(gate_N)
+    grad_fc, grad_proj = fc.new_empty(fc.shape), proj.new_empty(proj.shape)
+    grad_fc_bias, grad_proj_bias = fc.new_zeros(len(fc), fc.shape[2]), proj.new_zeros(len(proj), proj.shape[2])
+    last, rows = None, max(1, PER_PART // fc.shape[2])
+    for e, low, start, end in row_windows(ends_E.tolist(), x_TD.dtype):
+        grad = dispatch(grad_TD, pair_N[low:end])
+        grad_h = grad @ proj[e].t()  # before the gate
+        h, gate = torch.empty_like(grad_h), gate_N[low:end, None].clone()
+        gate[: start - low] = 0  # borrowed rows must not count in the gradients of weights
+        split = (x.split(rows) for x in (a_NH[low:end], grad_h, gate, h, grad_gate_N[low:end]))
+        for a_c, grad_c, gate_c, h_c, grad_gate_c in zip(*split, strict=True):
+            a_c = at_least_float32(a_c)
+            s, slope = sigmoid_and_slope(a_c)
+            h_c.copy_(s.mul_(a_c))
+            torch.sum(s.mul_(grad_c), -1, out=grad_gate_c)
+            grad_c.mul_(slope.mul_(gate_c))
+        grad.mul_(gate)
+        beta, last = int(e == last), e  # the second window of an expert adds to the first
+        torch.addmm(grad_proj[e], h.t(), grad, beta=beta, out=grad_proj[e])  # zero for an expert without rows
+        torch.addmm(grad_fc[e], dispatch(x_TD, pair_N[low:end]).t(), grad_h, beta=beta, out=grad_fc[e])
+        torch.mm(grad_h, fc[e].t(), out=grad_ND[low:end])
+        grad_proj_bias[e] += grad.sum(0)
+        grad_fc_bias[e] += grad_h.sum(0)
+    return grad_ND, grad_gate_N, grad_fc, grad_fc_bias, grad_proj, grad_proj_bias
 
 
-@torch.library.custom_op("moe::grouped_weight_grads", mutates_args=())
-def grouped_weight_grads_loop(
-    x_ND: torch.Tensor, grad_NF: torch.Tensor, ends_E: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of weight and bias by the windows of `grouped_linear_loop`."""
-    ends, last = ends_E.tolist(), None
-    grad_w = x_ND.new_empty(len(ends), x_ND.shape[1], grad_NF.shape[1])
-    grad_b = x_ND.new_empty(len(ends), grad_NF.shape[1])
-    for e, low, start, end in row_windows(ends, x_ND.dtype):
-        x, grad = x_ND[low:end], grad_NF[low:end]
-        # Borrowed rows must not count: zero them on the narrower side, the smaller copy.
-        if x.shape[1] < grad.shape[1]:
-            x = zero_first_rows(x, start - low)
-        else:
-            grad = zero_first_rows(grad, start - low)
-        torch.addmm(grad_w[e], x.t(), grad, beta=int(e == last), out=grad_w[e])  # zero for an expert without rows
-        last = e
-    for e, (start, end) in enumerate(itertools.pairwise([0, *ends])):
-        torch.sum(grad_NF[start:end], dim=0, out=grad_b[e])
-    return grad_w, grad_b
+@experts_backward_loop.register_fake
+def _(grad_TD, x_TD, pair_N, gate_N, fc, proj, a_NH, ends_E):
+    (E, D, H), new = fc.shape, fc.new_empty
+    return new(len(pair_N), D), torch.empty_like(gate_N), new(E, D, H), new(E, H), new(E, H, D), new(E, D)
 
 
-@grouped_weight_grads_loop.register_fake
-def _(x_ND, grad_NF, ends_E):
-    E, D, H = len(ends_E), x_ND.shape[1], grad_NF.shape[1]
-    return x_ND.new_empty(E, D, H), x_ND.new_empty(E, H)
+# ---------------------------------------------------------------------------------------------------------------------
+# The experts on CUDA: grouped products of all sorted rows
 
 
-def uses_grouped_mm(x_ND):
-    return x_ND.is_cuda and x_ND.dtype == torch.bfloat16
+def uses_grouped_mm(x):
+    return x.is_cuda and x.dtype == torch.bfloat16
+
+
+def expert_of_rows(ends_E, n_rows):
+    """Expert of each sorted row, (N,)."""
+    return torch.searchsorted(ends_E, torch.arange(n_rows, device=ends_E.device), right=True)
 
 
 def grouped_linear(x_ND, weight_EDF, bias_EF, ends_E):
     """Rows x (N, D) sorted by expert, ends_E as in Plan -> (N, F): row times weight (D, F) plus bias (F) of its expert.
 
-    Without gradients: `ExpertMLPs` computes them. Reference: `loop_over_experts`.
+    Without gradients. Reference: `loop_over_experts`.
     """
-    if not uses_grouped_mm(x_ND):
-        return grouped_linear_loop(x_ND, weight_EDF, bias_EF, ends_E)
     y_NF = F.grouped_mm(x_ND, weight_EDF, offs=ends_E)
     return y_NF if bias_EF is None else y_NF + bias_EF[expert_of_rows(ends_E, len(y_NF))]
 
@@ -323,17 +371,34 @@ def grouped_linear(x_ND, weight_EDF, bias_EF, ends_E):
 def grouped_weight_grads(x_ND, grad_NF, ends_E):
     """Gradients of weight (E, D, F) and bias (E, F) of `grouped_linear` from that of its output (N, F).
 
-    On CUDA that of the bias is a product with a one-hot matrix; a gather's own would add N rows onto E with atomics.
+    That of the bias is a product with a one-hot matrix; a gather's own would add N rows onto E with atomics.
     """
-    if not uses_grouped_mm(x_ND):
-        return grouped_weight_grads_loop(x_ND, grad_NF, ends_E)
     expert_N, expert_E = expert_of_rows(ends_E, len(x_ND)), torch.arange(len(ends_E), device=ends_E.device)
     one_hot_EN = expert_N == expert_E[:, None]
     return F.grouped_mm(x_ND.t(), grad_NF, offs=ends_E), one_hot_EN.to(grad_NF.dtype) @ grad_NF
 
 
+def experts_grouped(x_TD, pair_N, fc, fc_bias, proj, proj_bias, ends_E):
+    """As `experts_loop`."""
+    a_NH = grouped_linear(dispatch(x_TD, pair_N), fc, fc_bias, ends_E)
+    return a_NH, grouped_linear(gelu_forward(a_NH), proj, proj_bias, ends_E)
+
+
+def experts_backward_grouped(grad_TD, x_TD, pair_N, gate_N, fc, proj, a_NH, ends_E):
+    """As `experts_backward_loop`."""
+    gate_N1, grad_ND = gate_N[:, None].to(grad_TD.dtype), dispatch(grad_TD, pair_N)
+    grad_NH = grouped_linear(grad_ND, proj.transpose(1, 2), None, ends_E)  # before the gate
+    h_NH = gelu_forward(a_NH)
+    grad_proj, grad_proj_bias = grouped_weight_grads(h_NH, grad_ND * gate_N1, ends_E)
+    grad_gate_N = h_NH.mul_(grad_NH).sum(-1, dtype=gate_N.dtype)
+    grad_NH = gelu_backward(grad_NH, a_NH).mul_(gate_N1)
+    grad_fc, grad_fc_bias = grouped_weight_grads(dispatch(x_TD, pair_N), grad_NH, ends_E)
+    grad_ND = grouped_linear(grad_NH, fc.transpose(1, 2), None, ends_E)
+    return grad_ND, grad_gate_N, grad_fc, grad_fc_bias, grad_proj, grad_proj_bias
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The experts
+# The experts with gradients
 
 
 class ExpertMLPs(torch.autograd.Function):
@@ -346,8 +411,8 @@ class ExpertMLPs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_TD, expert_TK, gate_TK, fc, fc_bias, proj, proj_bias, row_N, pair_N, ends_E):
-        a_NH = grouped_linear(dispatch(x_TD, pair_N), fc, fc_bias, ends_E)
-        y_ND = grouped_linear(gelu_forward(a_NH), proj, proj_bias, ends_E)
+        experts = experts_grouped if uses_grouped_mm(x_TD) else experts_loop
+        a_NH, y_ND = experts(x_TD, pair_N, fc, fc_bias, proj, proj_bias, ends_E)
         ctx.save_for_backward(x_TD, expert_TK, gate_TK, fc, proj, proj_bias, a_NH, row_N, pair_N, ends_E)
         ctx.has_fc_bias = fc_bias is not None
         return combine(y_ND, gate_TK, row_N)
@@ -356,17 +421,13 @@ class ExpertMLPs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_TD):
         x_TD, expert_TK, gate_TK, fc, proj, proj_bias, a_NH, row_N, pair_N, ends_E = ctx.saved_tensors
-        gate_N1 = gate_TK.t().reshape(-1, 1)[pair_N].to(grad_TD.dtype)  # in sorted order
-        grad_ND = dispatch(grad_TD, pair_N)
-        grad_NH = grouped_linear(grad_ND, proj.transpose(1, 2), None, ends_E)  # before the gate
-        h_NH = gelu_forward(a_NH)
-        grad_proj, grad_proj_bias = grouped_weight_grads(h_NH, grad_ND * gate_N1, ends_E)
-        grad_gate_TK = h_NH.mul_(grad_NH).sum(-1, dtype=gate_TK.dtype)[row_N].view(gate_TK.shape[1], -1).t()
+        experts_backward = experts_backward_grouped if uses_grouped_mm(x_TD) else experts_backward_loop
+        grad_ND, grad_gate_N, grad_fc, grad_fc_bias, grad_proj, grad_proj_bias = experts_backward(
+            grad_TD, x_TD, pair_N, gate_TK.t().reshape(-1)[pair_N], fc, proj, a_NH, ends_E
+        )
+        grad_gate_TK = grad_gate_N[row_N].view(gate_TK.shape[1], -1).t()
         if proj_bias is not None:
             grad_gate_TK = grad_gate_TK + (grad_TD @ proj_bias.t()).gather(1, expert_TK)
-        grad_NH = gelu_backward(grad_NH, a_NH).mul_(gate_N1)
-        grad_fc, grad_fc_bias = grouped_weight_grads(dispatch(x_TD, pair_N), grad_NH, ends_E)
-        grad_ND = grouped_linear(grad_NH, fc.transpose(1, 2), None, ends_E)
         return (
             sum_rows(grad_ND, row_N, len(x_TD)), None, grad_gate_TK, grad_fc, grad_fc_bias if ctx.has_fc_bias else None,
             grad_proj, None if proj_bias is None else grad_proj_bias, None, None, None,

@@ -112,7 +112,7 @@ class Watch(TorchDispatchMode):
         name = op._schema.name
         kwargs = {key: value for key, value in (kwargs or {}).items() if key != "generator"}  # nothing is drawn
         from_cuda = any(x.is_cuda for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
-        waits = name in WAITING or name.startswith("moe::grouped")  # the loop over experts reads their loads
+        waits = name in WAITING or name.startswith("moe::experts")  # the loop over experts reads their loads
         require(not (waits and from_cuda), f"{name}: the host waits for the device")
         if name == "aten::_grouped_mm":
             self.grouped += 1
