@@ -332,8 +332,8 @@ def experts_backward_loop(
             grad_c.mul_(slope.mul_(gate_c))
         grad.mul_(gate)
         beta, last = int(e == last), e  # the second window of an expert adds to the first
-        torch.addmm(grad_proj[e], h.t(), grad, beta=beta, out=grad_proj[e])  # zero for an expert without rows
-        torch.addmm(grad_fc[e], dispatch(x_TD, pair_N[low:end]).t(), grad_h, beta=beta, out=grad_fc[e])
+        grad_proj[e].addmm_(h.t(), grad, beta=beta)  # zero for an expert without rows
+        grad_fc[e].addmm_(dispatch(x_TD, pair_N[low:end]).t(), grad_h, beta=beta)
         torch.mm(grad_h, fc[e].t(), out=grad_ND[low:end])
         grad_proj_bias[e] += grad.sum(0)
         grad_fc_bias[e] += grad_h.sum(0)
