@@ -233,11 +233,11 @@ def bench_step(args, dtype):
     ]
     names += [name + MUON for name in names] * (args.optimizer == "muon") + again + ["vs"] * bool(args.vs)
     rows, samples = time_steps(args, dtype, [(name, tokens) for tokens in args.tokens for name in names])
-    targets = step_targets(args, dtype, rows, samples)
+    targets = step_targets(args, rows, samples)
     return add_one_hot(args, dtype, rows, samples, targets) if "one_hot" in args.variants else (rows, samples, targets)
 
 
-def step_targets(args, dtype, rows, samples):
+def step_targets(args, rows, samples):
     """Targets of dense and top2, at each size."""
     by_cell = {(row["variant"], row["tokens"]): row for row in rows}
     targets = []
@@ -251,8 +251,7 @@ def step_targets(args, dtype, rows, samples):
             targets.append(Target(f"top2 tokens/s over dense at {tokens}", speed, ">=", limit))
             targets.append(Target(f"top2 GB at {tokens}", top2["MB"] / 1e3, "<=", 80))
         elif top2:
-            limit = 1.12 if dtype == "float32" else 1.2
-            targets.append(Target(f"top2 over dense, beyond FLOPs, at {tokens}", top2["excess"], "<=", limit))
+            targets.append(Target(f"top2 over dense, beyond FLOPs, at {tokens}", top2["excess"], "<=", 1.05))
     return targets
 
 
