@@ -274,7 +274,7 @@ def step(args, end):
 def time_cells(args, tokens, names):
     with torch._dynamo.config.patch(recompile_limit=256):
         rows, samples = steps.time_steps(args, args.dtype, [(name, tokens) for name in names])
-    return rows, samples, steps.step_targets(args, args.dtype, rows, samples) if args.compile else []
+    return rows, samples, steps.step_targets(args, rows, samples) if args.compile else []
 
 
 def data(args, end):
