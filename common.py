@@ -7,6 +7,7 @@ torch itself is imported where it is used, so that scripts without a model start
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import inspect
 import io
 import math
@@ -165,6 +166,7 @@ Seed = Annotated[int, Range(at_least=0, below=2**63)]
 T = TypeVar("T")
 
 
+@functools.cache
 def hints(dataclass):
     """{name: annotation} of a dataclass, Annotated's metadata included."""
     return typing.get_type_hints(dataclass, include_extras=True)

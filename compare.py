@@ -55,20 +55,21 @@ STEADY = 1.25  # runs of one group whose hours differ by a larger factor shared 
 
 def group_key(run):
     """Equal for the runs of one group: same name, same settings but for the seeds, same changes on resume."""
-    if run.settings is None:
+    settings = run.settings
+    if settings is None:
         return run.name, None
-    return given_name(run), identity.identity(
-        run.settings | {"changes": run.meta.get("changes") or None}, without=SEEDS
-    )
+    changes = run.meta.get("changes") or None
+    return given_name(run), identity.identity(settings | {"changes": changes}, without=SEEDS)
 
 
 def given_name(run):
     """A log's name without its data seed; "" for a name that the trainer made of the settings, which decide then."""
-    known = [field.name for field in dataclasses.fields(train_single_gpu.Args) if field.name in run.settings]
-    args = train_single_gpu.Args(**{name: run.settings[name] for name in known})
+    settings = run.settings
+    known = [field.name for field in dataclasses.fields(train_single_gpu.Args) if field.name in settings]
+    args = train_single_gpu.Args(**{name: settings[name] for name in known})
     if run.name == identity.run_name(args):
         return ""
-    return re.sub(rf"_data_seed_{run.settings.get('data_seed')}(?=_|$)", "", run.name)
+    return re.sub(rf"_data_seed_{settings.get('data_seed')}(?=_|$)", "", run.name)
 
 
 def group(runs):
@@ -113,17 +114,18 @@ def tell_apart(groups):
     Values that more than half of all groups have are left out.
     """
     names, texts = [variant(runs) for runs in groups], [""] * len(groups)
+    all_settings = [runs[0].settings for runs in groups]
     for name in {name for name in names if names.count(name) > 1}:
         mine = [i for i, other in enumerate(names) if other == name]
-        for i, found in zip(mine, differing([groups[i][0].settings for i in mine]), strict=True):
-            special = {key: value for key, value in found.items() if not is_usual(groups, key, value)}
+        for i, found in zip(mine, differing([all_settings[i] for i in mine]), strict=True):
+            special = {key: value for key, value in found.items() if not is_usual(all_settings, key, value)}
             texts[i] = describe_group(groups[i][0], special)
     return texts
 
 
-def is_usual(groups, name, value):
-    """Whether more than half of the groups have this value of a setting."""
-    values = [(runs[0].settings or {}).get(name, PUBLISHED.get(name)) for runs in groups]
+def is_usual(all_settings, name, value):
+    """Whether more than half of several settings have this value."""
+    values = [(settings or {}).get(name, PUBLISHED.get(name)) for settings in all_settings]
     return values.count(value) > len(values) / 2
 
 

@@ -185,16 +185,15 @@ def filled(text, folders):
     return marked.sub(anew, text)
 
 
-def pages():
-    """{path: the text that it should have}"""
-    folders = experiments()
+def pages(folders):
+    """{path: the text that it should have}, of experiments()."""
     digest = HEAD + "".join(section(name, experiment) for name, experiment in folders.items()) + published()
     return {RESULTS / "digest.md": digest} | {page: filled(page.read_text("utf-8"), folders) for page in PAGES}
 
 
 def main():
     common.parse(Args)
-    for path, text in pages().items():
+    for path, text in pages(experiments()).items():
         if not path.exists() or path.read_text("utf-8") != text:
             with atomic_write(path, "w") as f:
                 f.write(text)

@@ -11,6 +11,7 @@ Names and hashes hold what differs from the published values below, never from t
 which users edit.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -60,6 +61,7 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+@functools.cache
 def role(hint):
     return next(iter(metadata(hint, Role)), Role(counts=True, fixed=True))
 

@@ -220,7 +220,7 @@ def watch_run(data_root, settings, parts=tuple(LIMITS), compiled=True):
         for name, read in (("cpu", lambda x: watch.read(x)), ("tolist", lambda x: watch.read(x).tolist())):
             patches.enter_context(mock.patch.object(FakeTensor, name, read))
         patches.enter_context(mock.patch.object(F, "scaled_dot_product_attention", check_attention))
-        patches.enter_context(mock.patch.dict(kernels.LOGITS_PER_CHUNK, cuda=2**13))  # several chunks
+        patches.enter_context(mock.patch.dict(kernels.LOGITS_PER_CHUNK, cuda=2**14))  # two chunks
         run = new_run(data_root, args, counter if compiled else None, watch)
         try:
             for name in parts:

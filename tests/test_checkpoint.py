@@ -966,6 +966,7 @@ UPCYCLED = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:top_k=1")
 @pytest.mark.parametrize("fields", UPCYCLED)
 @pytest.mark.parametrize("source", ["gpt2", "checkpoint"])
@@ -988,6 +989,7 @@ def test_an_upcycled_model_computes_the_dense_function(tmp_path, source, fields)
     assert equal(dict(model.state_dict()), dict(same.state_dict()))
 
 
+@pytest.mark.slow
 def test_init_from_a_checkpoint_keeps_and_changes(tmp_path):
     checkpoint.save(small_state(**MOE), tmp_path / "step_000001.pt")
     old = checkpoint.load_model(tmp_path)[0]
@@ -1013,6 +1015,7 @@ def test_init_from_a_checkpoint_keeps_and_changes(tmp_path):
 # -- the model of a script
 
 
+@pytest.mark.slow
 def test_both_flags_take_every_kind_of_source(tmp_path, monkeypatch):
     model = small_model(vocab_size=50304)
     state = {"model": model.state_dict(), "config": dataclasses.asdict(model.config), "tokenizer": "gpt2"}

@@ -44,6 +44,7 @@ def check(script, arguments, ranks):
         train_single_gpu.check_args(common.parse(train_single_gpu.Args, arguments[cut + 1 :]), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_parses(page, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "tests")  # results/README.md names a script there

@@ -534,6 +534,7 @@ def test_local_dataset(tmp_path, stdlib_shards):
     assert meta(tmp_path / "out")["source"] == source
 
 
+@pytest.mark.slow
 def test_bad_datasets(tmp_path, monkeypatch):
     write_parquet(tmp_path / "edu/train-0.parquet", prose(10))
     flags = ("--dataset", tmp_path / "edu", "--out", tmp_path / "out", "--workers", 1)

@@ -240,6 +240,7 @@ def test_the_cache_gives_the_logits_of_the_whole(tmp_path, kind):
         theirs(tokens(2, 25), use_cache=False)
 
 
+@pytest.mark.slow
 def test_what_the_class_cannot_do_is_refused(tmp_path):
     _, theirs = exported(tmp_path / "out")
     for unknown in ("output_attentions", "token_type_ids"):

@@ -145,6 +145,7 @@ def test_a_log_that_ends_before_the_checkpoint_is_not_continued(train):
         train(name="a", max_steps=8, resume="auto")
 
 
+@pytest.mark.slow
 def test_resume_auto_without_a_checkpoint_keeps_the_log(train, capsys):
     train(name="a", save_checkpoint=False)
     before = log_of().read_text()
@@ -351,6 +352,7 @@ def test_a_skipped_step_leaves_nothing_for_the_balance_bias(train, monkeypatch):
     assert runlog.read(log_of("left"))["skipped"][0].tolist() == [2, 3, 4]
 
 
+@pytest.mark.slow
 def test_an_empty_prompt_begins_a_document(train, capsys):
     assert train(name="a", sample_prompt="", sample_from_model_every=5)[0] == 0
     assert "step 5 sample 3:" in capsys.readouterr().out

@@ -261,6 +261,7 @@ def test_the_z_loss_of_the_output_is_optimised_and_not_measured(settings):
     torch.testing.assert_close(per_position.sum() / (targets >= 0).sum(), plain.ce_loss)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["qk_norm", *METHODS])
 def test_sampling_with_the_cache_equals_recomputation(method):
     model = make(**METHODS.get(method, {"qk_norm": True})).double().eval()
@@ -496,6 +497,7 @@ def log_of(name):
     return runlog.log_path("logs", name, "test", 1337)
 
 
+@pytest.mark.slow
 def test_a_frozen_router_stays_as_drawn_and_everything_else_moves(train):
     settings = RUNS["frozen"] | {"use_aux_loss": True, "weight_decay": 1.0}
     train(**settings, name="a", save_checkpoint_every=4)

@@ -119,6 +119,7 @@ def test_the_characters_of_a_token_decide_its_class(kind, tokens):
     assert {token: routes.describe(token.encode())[1] for token in tokens} == dict.fromkeys(tokens, kind)
 
 
+@pytest.mark.slow
 def test_labels_are_quoted_and_show_parts_of_characters_as_bytes():
     assert routes.describe(b" the") == ("' the'", "word")
     assert routes.describe(b"\n") == (r"'\n'", "white space")

@@ -180,6 +180,7 @@ def test_padding_of_the_vocabulary_is_never_sampled():
     assert sample.generate(model, PROMPT, 60, temperature=5.0, generator=seeded()).max() >= 20
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_text():
     model = small_model(**VARIANTS[2])
     texts = [sample.generate(model, PROMPT, 30, top_k=10, generator=seeded(s)).tolist() for s in (1, 1, 2)]

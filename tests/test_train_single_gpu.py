@@ -188,6 +188,7 @@ def test_validation_statistics_are_those_of_its_batches(train, shards):
     assert last["val_bpb"] == pytest.approx(last["val"] / math.log(2), rel=1e-6)  # no end of text in these shards
 
 
+@pytest.mark.slow
 def test_bits_per_byte_of_gpt2_tokens_made_elsewhere(train, tmp_path):
     """Without meta.json tokens are GPT-2's; end of text has no bytes, and its loss counts."""
     text = (Path(__file__).parent / "data/prose_200kB.txt").read_text("utf-8")
@@ -233,6 +234,7 @@ def test_micro_batches_do_not_change_the_run(train):
     np.testing.assert_allclose(runs[2], runs[0], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run_on_the_same_data(train):
     a, b = (train(seed=seed)[1]["train"][1] for seed in (1, 2))
     assert a[0] != b[0] and a[0] == pytest.approx(b[0], abs=0.1)
@@ -298,6 +300,7 @@ def test_a_finished_run_is_not_overwritten(train):
         train()
 
 
+@pytest.mark.slow
 def test_settings_that_differ_from_the_checkpoint(train, capsys):
     train(max_steps=4, name="a")
     for changed in (
@@ -429,6 +432,7 @@ def test_init_from_a_dense_checkpoint_upcycles_it(train):
     assert streams["val"][1][0] == pytest.approx(dense, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_eval_only_prints_train_and_val_loss(train, shards, capsys):
     train(n_exp=1, name="dense", max_steps=30, max_lr=1e-2)
     capsys.readouterr()
