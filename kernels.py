@@ -4,7 +4,8 @@ Each docstring begins with the value that is computed and names its plain refere
 checks outputs and all gradients.
 
 Suffixes name shapes as in moe.py: T tokens, E experts, K choices per token, N = T*K pairs; here D is the width of the
-input, F of the output, V the vocabulary. A pair is one choice of one token; pair n = k*T + t is choice k of token t.
+input, F of the output, H the hidden width of an expert, V the vocabulary. A pair is one choice of one token; pair
+n = k*T + t is choice k of token t.
 """
 
 import itertools
@@ -129,10 +130,8 @@ def chunk_rows(h, weight):
 # GELU
 
 PER_PART = 2**17  # elements whose passes stay in the cache
-SCALE, CUBIC = (
-    math.sqrt(8 / math.pi),
-    0.044715,
-)  # GELU with tanh, as GPT-2 has it: x * sigmoid(SCALE * (x + CUBIC * x^3))
+# GPT-2's GELU, written with tanh, is x * sigmoid(SCALE * (x + CUBIC * x^3)).
+SCALE, CUBIC = math.sqrt(8 / math.pi), 0.044715
 
 
 def sigmoid_and_slope(x):
@@ -152,6 +151,7 @@ def scaled_cubic(x):
 
 
 def goes_by_parts(x):
+    """On the CPU, part by part; elsewhere a compiled graph fuses torch's own."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
