@@ -147,10 +147,10 @@ atexit.register(lambda: [process.kill() for process in multiprocessing.active_ch
 
 
 def run_forked(words, env, cwd, out, err):
-    """In the child: `python words[0] words[1] ...` in `cwd`, printing into two pipes."""
-    for pipe, number in ((out, 1), (err, 2)):
-        os.dup2(pipe.fileno(), number)
-        pipe.close()
+    """In the child: `python words[0] words[1] ...` in `cwd`, printing into two pipes or to the end of two files."""
+    for target, number in ((out, 1), (err, 2)):
+        with open(target, "ab") if isinstance(target, Path) else target as file:
+            os.dup2(file.fileno(), number)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115
     os.chdir(cwd)
     os.environ.update(env)
@@ -173,14 +173,30 @@ class Forked:
 
     def __init__(self, *words, **env):
         (out, out_), (err, err_) = (FORKS.Pipe(duplex=False) for _ in range(2))
-        self.process = FORKS.Process(target=run_forked, args=(words, env, os.getcwd(), out_, err_))
-        self.process.start()
+        self.start(words, env, out_, err_)
         out_.close(), err_.close()
-        self.pid = self.process.pid
         self.stdout, self.stderr = (os.fdopen(os.dup(pipe.fileno())) for pipe in (out, err))
+
+    def start(self, words, env, out, err):
+        self.process = FORKS.Process(target=run_forked, args=(words, env, os.getcwd(), out, err))
+        self.process.start()
+        self.pid = self.process.pid
+
+    @classmethod
+    def launch(cls, command, log, env):
+        """As slurm.launch."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        forked = cls.__new__(cls)
+        forked.start(command[1:], env, log.with_suffix(".out").absolute(), log.with_suffix(".err").absolute())
+        return forked
 
     def poll(self):
         return self.process.exitcode
+
+    returncode = property(poll)
+
+    def terminate(self):
+        self.process.terminate()
 
     def send_signal(self, number):
         os.kill(self.pid, number)

@@ -51,6 +51,7 @@ def train_flags(shards, *more):
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
     """call(*argv) is the sweep in this process, in a folder of its own: (what it printed, its error or None)."""
+    monkeypatch.setattr(slurm, "launch", Forked.launch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
@@ -400,6 +401,7 @@ def trained(shards, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(slurm, "launch", Forked.launch)
         patch.setattr(sys, "argv", ["sweep.py", *three_steps(shards, "no_moe")])
         sweep.main()
     return folder
