@@ -159,7 +159,8 @@ class GPT(nn.Module):
         self.config = config
         with torch.random.fork_rng(devices=[]):  # torch's modules draw weights when made; init_weights draws again
             self.build(config)
-        self.init_weights(generator)
+        if not self.lm_head.weight.is_meta:
+            self.init_weights(generator)
 
     def build(self, config):
         self.transformer = nn.ModuleDict(
@@ -187,9 +188,7 @@ class GPT(nn.Module):
             elif ".ln_" in name:
                 nn.init.ones_(p)
             elif self.switch_init_scale(name):
-                fan_in = (
-                    p.shape[-2] if ".experts." in name else p.shape[-1]
-                )  # Linear keeps (out, in), Experts (in, out)
+                fan_in = p.shape[-2] if ".experts." in name else p.shape[-1]  # Experts keep (in, out), Linear (out, in)
                 std = math.sqrt(self.switch_init_scale(name) / fan_in)
                 nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std, generator=generator)
             elif name.endswith(("c_proj.weight", "experts.c_proj")):
