@@ -5,6 +5,7 @@ Rank 0 alone writes; on other ranks all of this does nothing. runlog.py has the 
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -187,6 +188,7 @@ def duration(seconds):
     return f"{seconds:,.0f} seconds" if seconds >= 1 else f"{1e3 * seconds:,.0f} ms"
 
 
+@functools.cache
 def matmul_rate():
     """FLOP/s of float32 products on this CPU, from 20 ms of them."""
     a, n = torch.ones(512, 512), 0

@@ -140,9 +140,8 @@ def call(script, *argv, encoding="utf-8"):
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["train_single_gpu", "sweep", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.run", "pytest"]
-)
+PRELOAD = ["train_single_gpu", "sweep", "sharded", "pytest", "torch._dynamo"]
+FORKS.set_forkserver_preload([*PRELOAD, "torch.distributed.fsdp", "torch.distributed.run"])
 atexit.register(lambda: [process.kill() for process in multiprocessing.active_children()])  # of tests that failed
 
 
@@ -171,24 +170,22 @@ class Forked:
     For tests of signals, pipes, locks and ranks. What is printed before it ends must fit a pipe or be read.
     """
 
-    def __init__(self, *words, **env):
-        (out, out_), (err, err_) = (FORKS.Pipe(duplex=False) for _ in range(2))
-        self.start(words, env, out_, err_)
-        out_.close(), err_.close()
-        self.stdout, self.stderr = (os.fdopen(os.dup(pipe.fileno())) for pipe in (out, err))
-
-    def start(self, words, env, out, err):
-        self.process = FORKS.Process(target=run_forked, args=(words, env, os.getcwd(), out, err))
+    def __init__(self, *words, out=None, err=None, **env):
+        """out, err: paths of files, to whose end it prints; else `stdout` and `stderr` are pipes."""
+        pipes = [None if path else FORKS.Pipe(duplex=False) for path in (out, err)]
+        ends = [path or pipe[1] for path, pipe in zip((out, err), pipes, strict=True)]
+        self.process = FORKS.Process(target=run_forked, args=(words, env, os.getcwd(), *ends))
         self.process.start()
         self.pid = self.process.pid
+        self.stdout, self.stderr = (pipe and os.fdopen(os.dup(pipe[0].fileno())) for pipe in pipes)
+        for pipe in filter(None, pipes):
+            pipe[1].close()
 
     @classmethod
     def launch(cls, command, log, env):
         """As slurm.launch."""
         log.parent.mkdir(parents=True, exist_ok=True)
-        forked = cls.__new__(cls)
-        forked.start(command[1:], env, log.with_suffix(".out").absolute(), log.with_suffix(".err").absolute())
-        return forked
+        return cls(*command[1:], out=log.with_suffix(".out").absolute(), err=log.with_suffix(".err").absolute(), **env)
 
     def poll(self):
         return self.process.exitcode

@@ -1,7 +1,6 @@
 """The code that runs on CUDA, on a cuda:0 without a GPU: its tensors have shapes, types and strides, and no data.
 
-    LD_PRELOAD=library python fake_cuda.py DATA_ROOT variants           # a line of JSON per variant
-    LD_PRELOAD=library python fake_cuda.py DATA_ROOT faults             # a line of JSON per fault that is put in
+    LD_PRELOAD=library python fake_cuda.py DATA_ROOT    # a line of JSON per variant and per fault that is put in
 
 Started by test_cuda_path.py; the library is built from fake_cuda.cpp. A variant makes two training steps, compiled,
 with validation, HellaSwag and samples between them, while `Watch` sees every operator.
@@ -343,10 +342,9 @@ def watch_fault(data_root, fault):
 def main():
     pretend()
     warnings.simplefilter("ignore", UserWarning)
-    data_root, what = sys.argv[1:]
-    for name, case in (FAULTS if what == "faults" else variants()).items():
-        found = watch_fault(data_root, case) if what == "faults" else watch_run(data_root, case)
-        print(json.dumps({"name": name} | found), flush=True)
+    for kind, cases, watch in ("variants", variants(), watch_run), ("faults", FAULTS, watch_fault):
+        for name, case in cases.items():
+            print(json.dumps({"kind": kind, "name": name} | watch(sys.argv[1], case)), flush=True)
 
 
 if __name__ == "__main__":

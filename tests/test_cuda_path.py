@@ -20,13 +20,14 @@ TESTS = Path(__file__).parent
 # -- on fake tensors, in a process that believes in cuda:0
 
 
-def watch(folder, *arguments):
-    """{name: what fake_cuda.py found}. The library is built into `folder`."""
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory, shards):
+    """{"variants" or "faults": {name: what fake_cuda.py found}}."""
     if not sys.platform.startswith("linux"):
         pytest.skip("the library is preloaded as on Linux")
     if torch.version.cuda or torch.version.hip:
         pytest.skip("needs torch without CUDA: --index-url https://download.pytorch.org/whl/cpu (requirements.txt)")
-    library, compiler = folder / "fake_cuda.so", cpp_extension.get_cxx_compiler()
+    library, compiler = tmp_path_factory.mktemp("library") / "fake_cuda.so", cpp_extension.get_cxx_compiler()
     flags = ["-std=c++20", "-shared", "-fPIC", *(f"-I{path}" for path in cpp_extension.include_paths())]
     links = [flag for path in cpp_extension.library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
     build = [compiler, *flags, str(TESTS / "fake_cuda.cpp"), "-o", str(library), *links, "-lc10", "-ltorch_cpu"]
@@ -35,17 +36,20 @@ def watch(folder, *arguments):
     except FileNotFoundError:
         pytest.skip(f"no C++ compiler {compiler}: apt install g++, or set CXX")
     assert built.returncode == 0, built.stderr[-3000:]
-    command = [sys.executable, str(TESTS / "fake_cuda.py"), *map(str, arguments)]
+    command = [sys.executable, str(TESTS / "fake_cuda.py"), str(shards)]
     env = os.environ | {"LD_PRELOAD": str(library)}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    return {found.pop("name"): found for found in map(json.loads, done.stdout.splitlines())}
+    found = {"variants": {}, "faults": {}}
+    for line in map(json.loads, done.stdout.splitlines()):
+        found[line.pop("kind")][line.pop("name")] = line
+    return found
 
 
 @pytest.mark.slow
-def test_every_variant_is_one_graph_without_waiting_for_the_device(tmp_path, shards):
+def test_every_variant_is_one_graph_without_waiting_for_the_device(watched):
     """Steps, validation, HellaSwag and samples, with the operands that CUDA's kernels take."""
-    found = watch(tmp_path, shards, "variants")
+    found = watched["variants"]
     assert {name: variant["error"] for name, variant in found.items() if variant["error"]} == {}
     assert {name for name, variant in found.items() if variant["graphs"] != 1} == set()
     dense = {name for name, settings in fake_cuda.variants().items() if settings.get("n_exp") == 1}
@@ -75,8 +79,8 @@ FAULTS = {
 
 
 @pytest.mark.slow
-def test_faults_are_found(tmp_path, shards):
-    found = watch(tmp_path, shards, "faults")
+def test_faults_are_found(watched):
+    found = watched["faults"]
     assert found.keys() == FAULTS.keys()
     for name, words in FAULTS.items():
         assert words in (found[name]["error"] or ""), name

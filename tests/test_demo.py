@@ -1,7 +1,10 @@
 import statistics
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import Forked
 
 import common
 import demo
@@ -13,9 +16,23 @@ def folders(tmp_path, monkeypatch):
     """The demo's folders in tmp_path, with an earlier result in place."""
     monkeypatch.setattr(demo, "OUT", tmp_path / "demo")
     monkeypatch.setattr(demo, "SHARDS", tmp_path / "bytes")
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=run, Popen=start, STDOUT=None))
+    monkeypatch.chdir(demo.HERE)  # which the demo gives its processes
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "earlier.png").write_bytes(b"figure")
     return tmp_path
+
+
+def run(command, **_):
+    """As subprocess.run, in a fork."""
+    process = Forked(*command[1:])
+    print(*process.communicate())
+    return process
+
+
+def start(command, stdout, **_):
+    """As subprocess.Popen, in a fork."""
+    return Forked(*command[1:], out=Path(stdout.name), err=Path(stdout.name))
 
 
 def run_demo(monkeypatch, *flags):

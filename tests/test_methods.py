@@ -522,14 +522,17 @@ def test_the_z_loss_of_the_output_is_a_stream_and_not_in_val(train):
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     pytest.param({"n_exp": 8, "use_aux_loss": True, "balance_scope": "step"}, id="step"),
+    pytest.param({"n_exp": 4, "use_bias_balance": True, "gate": "sigmoid", "train_capacity": 1.0}, id="capacity"),
     pytest.param(METHODS["all"], id="all"),
 ])  # fmt: skip
 def test_one_graph_per_mode(settings):
-    """fullgraph raises at a graph break; gradients equal the eager ones."""
+    """One graph for training and one for evaluation, whatever the routing: fullgraph raises at a graph break, which
+    every wait for the device and every shape that depends on data would be. Gradients equal the eager ones. Every
+    variant in training: test_recompile.py."""
     torch._dynamo.reset()
     # in float64 no rounding moves a margin into the next bin
     model, eager = (make(**settings | {"n_layer": 2}).double() for _ in range(2))
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")  # traces the backward too
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for seed, training in enumerate((True, True, False, True)):
         for m, call in ((model, compiled), (eager, eager)):

@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from bench.baselines import TurnRouter, replace
 from model import GPT, GPTConfig, MoE
@@ -558,30 +557,6 @@ def test_bf16_weights(variant):
     out.loss.backward()
     assert out.ce_loss.item() == pytest.approx(exact, rel=0.05)
     assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in model.parameters())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", ["dropless", "all_tricks"])
-def test_one_graph_per_mode(variant):
-    """One graph for training and one for evaluation, whatever the routing: fullgraph raises at a graph break, which
-    every wait for the device and every shape that depends on data would be. Gradients equal the eager ones. Every
-    variant in training: test_recompile.py."""
-    torch._dynamo.reset()
-    model, eager = (make(**VARIANTS[variant] | {"n_layer": 2}) for _ in range(2))
-    counter = CompileCounterWithBackend("aot_eager")  # traces the backward too
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for seed, training in enumerate((True, True, False, False, True)):
-        for m, call in ((model, compiled), (eager, eager)):
-            m.train(training).zero_grad()
-            torch.manual_seed(seed)
-            with torch.set_grad_enabled(training):
-                loss = call(*tokens(seed=seed)).loss
-            if training:
-                loss.backward()
-    assert counter.frame_count == 2
-    for (name, p), q in zip(model.named_parameters(), eager.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5, msg=name)
-    assert model.router_stats() == eager.router_stats()
 
 
 def test_micro_batches_add_up_to_the_big_batch():
