@@ -202,6 +202,7 @@ def test_other_formats_and_missing_files_are_named(tmp_path):
             checkpoint.load(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["args", "optimizer", "progress", "loader", "config", "step"])
 def test_a_checkpoint_without_a_needed_field_is_refused(tmp_path, name):
     needs = ("model", "optimizer", "args", "progress", "loader", "config", "step")
@@ -677,6 +678,7 @@ def test_flipped_bytes_of_a_set_are_found(tmp_path):
     assert found > 20
 
 
+@pytest.mark.slow
 def test_a_crafted_set_executes_nothing(tmp_path):
     """A pickle in each place where torch's own reader would unpickle one: .metadata, a part, the index."""
     marker, path = tmp_path / "it_ran", tmp_path / "step_000001"
@@ -858,6 +860,7 @@ def test_gpt2_folders_read_as_transformers_reads_them(tmp_path, shape):
         checkpoint.from_pretrained(tmp_path, block_size=99)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_an_exported_folder_loads_in_transformers_and_here(tmp_path, shape, bias):

@@ -123,6 +123,7 @@ def write_parquet(path, texts, **options):
 # Formats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "expected"), [
     ({}, ("HuggingFaceFW/fineweb-edu", "sample-10BT", "edu_fineweb10B")),
     ({"dataset": "HuggingFaceFW/fineweb-edu"}, ("HuggingFaceFW/fineweb-edu", "sample-10BT", "edu_fineweb10B")),
@@ -357,6 +358,7 @@ def test_the_command_printed_trains_on_the_shards(tmp_path, monkeypatch, capsys)
         shutil.rmtree(out)
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8(tmp_path):
     """Also where stdout takes nothing but UTF-8."""
     source, out = os.fsencode(tmp_path) + b"/caf\xe9.txt", os.fsencode(tmp_path) + b"/out\xff"

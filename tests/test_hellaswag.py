@@ -123,6 +123,7 @@ def test_predictions_on_real_examples_are_those_of_one_by_one(name, block_size):
     assert result.cropped == sum(too_long) and any(too_long) == (block_size < 1024)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny, overflowing_moe])
 def test_losses_do_not_depend_on_the_batch(build):
     model, examples = build(block_size=64), random_examples(30)

@@ -148,6 +148,7 @@ def test_the_router_noise_is_in_training_alone(tmp_path):
         assert not torch.equal(theirs(idx).logits, theirs(idx).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router_use_full_prec", [False, True])
 def test_bfloat16_is_our_bfloat16(tmp_path, router_use_full_prec):
     model, _ = exported(tmp_path / "out", router_use_full_prec=router_use_full_prec)
@@ -432,6 +433,7 @@ def test_the_command_writes_model_tokenizer_and_card(main, tmp_path, n_exp):
     assert theirs.generation_config.suppress_tokens == list(range(50257, 50304))
 
 
+@pytest.mark.slow
 def test_the_card_of_a_run_has_its_losses_data_and_settings(train, tmp_path):
     from huggingface_hub import ModelCard
 

@@ -129,6 +129,7 @@ def test_the_hint_after_a_name_clash_names_what_differs(train):
         train(name="a", max_lr=1e-2)
 
 
+@pytest.mark.slow
 def test_another_logs_dir_never_gets_the_other_run(train):
     train(name="a", max_lr=1e-3, logs_dir="logs")
     for settings in ({"max_lr": 1e-1}, {}):
@@ -189,6 +190,7 @@ def test_two_logs_folders_do_not_share_checkpoints(train, shards):
 # -- settings that change on resume
 
 
+@pytest.mark.slow
 def test_settings_that_may_change_take_effect_and_are_recorded(train):
     train(name="a", n_exp=1, max_steps=4)
     train(name="a", n_exp=1, max_steps=6, weight_decay=0.9, beta1=0.5, resume="auto")
@@ -280,6 +282,7 @@ def test_shape_flags_that_the_weights_contradict_are_refused(train):
         train(name="a", init_from="checkpoints/source_test_seed_1337", n_layer=3)
 
 
+@pytest.mark.slow
 def test_settings_of_experts_are_checked_against_the_shape_of_the_weights(train):
     """Not against that of the flags: 3 does not divide 4 x 32, and 4 x 36 it does; 2 layers are not 12."""
     for width in (32, 36):
@@ -323,6 +326,7 @@ def test_a_run_that_diverges_where_samples_are_due_says_so(train):
     assert code == 3 and len(streams["diverged"][0]) == 1
 
 
+@pytest.mark.slow
 def test_a_run_of_skipped_steps_ends(train):
     wild = {"n_exp": 1, "max_lr": 1e38, "warmup_steps": 1, "grad_clip": float("inf"), "on_nonfinite": "skip"}
     code, streams = train(name="a", max_steps=200, **wild)

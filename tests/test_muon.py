@@ -222,6 +222,7 @@ def test_the_loss_falls_by_muon_alone(fields):
         assert torch.equal(p, q) == (p not in hidden), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, MOE, MOE | {"freeze_router": True}], ids=["dense", "moe", "frozen_router"])
 def test_a_restored_run_continues_bit_for_bit(tmp_path, fields):
     model = small_model(**fields)

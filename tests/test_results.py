@@ -387,6 +387,7 @@ def test_a_table_between_markers_is_made_anew():
             digest.filled(page.replace("cpu_small no_moe aux_only", words), folders)
 
 
+@pytest.mark.slow
 def test_a_table_of_rates_has_a_row_per_warmup():
     """Three folders of one rate each: the best in bold, failures counted, a dash without runs."""
     folders = {f"rates_{rate}": digest.Experiment(RESULTS / f"basin_{rate}") for rate in ("4e-3", "8e-3", "3.2e-2")}
@@ -404,6 +405,7 @@ def test_a_table_of_rates_has_a_row_per_warmup():
         digest.table_of_rates(folders, "rates_4e-3* muon")
 
 
+@pytest.mark.slow
 def test_the_rows_of_a_digest_table():
     """Against plain MoE the MoEs; against a baseline with settings those that differ in these alone."""
     groups = experiments()["cpu_small"].groups

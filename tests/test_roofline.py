@@ -70,6 +70,7 @@ def test_rows_that_are_too_long_are_read_twice(width, passes):
 SHAPE = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 512, "block_size": 64}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"n_exp": 8}, {"n_exp": 16, "top_k": 4, "expert_hidden": "iso"}])
 def test_flops_are_those_that_the_model_counts(settings):
     """But for the products that sum the gradients of the experts' biases. GPT counts the whole square of attention,
@@ -84,6 +85,7 @@ def test_flops_are_those_that_the_model_counts(settings):
     assert counted - 6 * small * tokens <= products + attention <= counted
 
 
+@pytest.mark.slow
 def test_gradients_are_added_up():
     """Each gradient is read, added to the one of earlier micro-batches and written: 12 bytes per parameter."""
     ops, model = roofline.record_step(GPTConfig(**SHAPE), 128)

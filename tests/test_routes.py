@@ -68,6 +68,7 @@ def router_inputs(model, window):
     return inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"use_bias_balance": True, "top_k": 3}, {"top_k": 1, "gate": "softmax"}])
 @torch.no_grad()
 def test_the_routes_are_those_of_each_window_alone_without_noise_and_dropless(settings):

@@ -78,6 +78,7 @@ def test_logits_equal_those_of_full_recomputation(fields, prompt_length):
         idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", VARIANTS)
 def test_greedy_text_is_that_of_full_recomputation_and_of_each_row_alone(fields):
     model = small_model(**fields)
@@ -172,6 +173,7 @@ def test_top_k_takes_exactly_k_of_equal_logits():
     assert len(tokens.unique()) == 3
 
 
+@pytest.mark.slow
 def test_padding_of_the_vocabulary_is_never_sampled():
     model = small_model()
     for settings in ({"temperature": 0}, {"temperature": 5.0}, {"temperature": 5.0, "top_k": 60, "top_p": 0.99}):
@@ -188,6 +190,7 @@ def test_the_same_seed_gives_the_same_text():
     assert sample.generate(model, PROMPT, 30).tolist() != sample.generate(model, PROMPT, 30).tolist()
 
 
+@pytest.mark.slow
 def test_it_ends_when_every_row_has_reached_end_of_text():
     model = small_model()
     plain = sample.generate(model, PROMPT, 200, temperature=2.0, generator=seeded(4))[:, 5:]

@@ -304,6 +304,7 @@ def test_finished_and_diverged_runs_of_equal_settings_are_known(shards, in_folde
     assert [job.state for job in jobs] == ["done", "diverged", "waiting"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lines", [FINISHED, "0 val 5\n1 diverged 1\n", "0 val 5\n1 train 5\n"])
 @pytest.mark.parametrize("other", [{"n_embd": 32}, {"dropout": 0.5}, {"val_loss_steps": 7}, {"data": "0123"}])
 def test_a_run_of_other_settings_refuses_the_sweep(shards, in_folder, lines, other):
@@ -355,6 +356,7 @@ ODD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
 def test_a_damaged_log_does_not_stop_the_sweep(shards, in_folder, odd, capsys):
     (job,) = tiny_jobs(shards)

@@ -128,6 +128,7 @@ def test_half_a_character(gpt2):
     assert b"".join(gpt2.decode_bytes([i]) for i in ids).decode() == "漢"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [" ", "\n", "a", "=", "漢"])
 def test_long_runs(gpt2, run):
     """Compared with the text alone: GPT-2's own pattern panics at a million spaces."""
