@@ -150,9 +150,10 @@ def run_forked(words, env, cwd, out, err):
     for target, number in ((out, 1), (err, 2)):
         with open(target, "ab") if isinstance(target, Path) else target as file:
             os.dup2(file.fileno(), number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115
     os.chdir(cwd)
     os.environ.update(env)
+    encoding = os.environ.get("PYTHONIOENCODING")
+    sys.stdout, sys.stderr = (open(i, "w", 1, encoding=encoding, closefd=False) for i in (1, 2))  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [str(word) for word in words]
     sys.path.insert(0, str(ROOT))

@@ -3,14 +3,13 @@
 import functools
 import json
 import math
-import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import call
+from conftest import Forked, call
 
 import common
 from bench import __main__ as bench
@@ -107,9 +106,9 @@ def results(tmp_path_factory):
         dtype = "both" if name in ("step", "moe") else "float32"
         words = (name, *SHAPE, *SHORT, "--data", data, "--dtype", dtype, "--out_dir", folder, *extra)
         if name == "step":
-            command = [sys.executable, "-m", "bench", *map(str, words)]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-            code, out, errors = done.returncode, done.stdout, done.stderr
+            process = Forked("-m", "bench", *words)
+            out, errors = process.communicate()
+            code = process.poll()
         else:
             code, out, errors = call("bench.__main__", *words)
         assert code == 0, f"{name}: {errors}"

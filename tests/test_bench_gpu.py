@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import signal
 import time
 import types
@@ -17,21 +18,7 @@ from bench import correct, gpu, report
 from common import UserError
 
 NAMES = [f"{i}_{part}.json" for i, part in enumerate(gpu.SHARES, start=1)]
-SMALL = (
-    "--device",
-    "cpu",
-    "--threads",
-    "1",
-    "--n_embd",
-    "32",
-    "--tokens",
-    "64",
-    "128",
-    "--rounds",
-    "1",
-    "--warmup",
-    "1",
-)
+SMALL = shlex.split("--device cpu --threads 1 --n_embd 32 --tokens 64 128 --rounds 1 --warmup 1")
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,11 @@
 """The log: a run that is written is read back, and how it ended is seen."""
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import call, write_log
+from conftest import Forked, call, write_log
 
 import compare
 import curves
@@ -284,9 +282,9 @@ def test_command_line(tmp_path):
 @pytest.mark.slow
 def test_the_script_is_run_as_one(tmp_path):
     write_log(tmp_path / "log_moe_a_seed_1.txt", max_lr=0.1)
-    command = [sys.executable, ROOT / "runlog.py", tmp_path, "--baseline", "moe"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "3.0000" in done.stdout, done.stderr
+    process = Forked(ROOT / "runlog.py", tmp_path, "--baseline", "moe")
+    out, errors = process.communicate()
+    assert process.poll() == 0 and "3.0000" in out, errors
 
 
 def test_the_command_line_skips_an_odd_log_and_says_so(tmp_path):

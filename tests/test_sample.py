@@ -2,9 +2,7 @@
 
 import dataclasses
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -405,13 +403,12 @@ def test_the_script_prints_samples(main, run_folder):
 @pytest.mark.slow
 def test_the_script_takes_a_file_longer_than_the_window(run_folder, tmp_path):
     (tmp_path / "prompt.txt").write_text("in a file, longer than the window ✓", encoding="utf-8")
-    command = [sys.executable, "sample.py", "--checkpoint", run_folder / "step_000001.pt", "--temperature", "0",
-               "--prompt_file", tmp_path / "prompt.txt"]  # fmt: skip
-    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    result = subprocess.run(command, cwd=ROOT, env=ascii_only, capture_output=True, timeout=600)
-    assert result.returncode == 0
-    assert result.stdout.startswith(b"in a file, longer than the window ?")
-    assert b"of the prompt's 37 tokens the model sees the last 16" in result.stderr
+    flags = ("--checkpoint", run_folder, "--temperature", 0, "--prompt_file", tmp_path / "prompt.txt")
+    process = Forked(ROOT / "sample.py", *flags, PYTHONIOENCODING="ascii")
+    out, errors = process.communicate()
+    assert process.poll() == 0
+    assert out.startswith("in a file, longer than the window ?")
+    assert "of the prompt's 37 tokens the model sees the last 16" in errors
 
 
 @pytest.mark.slow
