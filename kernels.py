@@ -140,10 +140,10 @@ def gelu_forward(x):
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
-    y, two = torch.empty_like(x, memory_format=torch.contiguous_format), math.sqrt(8 / math.pi)
+    y, scale = torch.empty_like(x, memory_format=torch.contiguous_format), math.sqrt(8 / math.pi)
     for x_c, y_c in zip(x.reshape(-1).split(PER_PART), y.view(-1).split(PER_PART), strict=True):
         x_c = at_least_float32(x_c)
-        two_u = torch.addcmul(x_c.new_full((), two), x_c, x_c, value=0.044715 * two).mul_(x_c)
+        two_u = torch.addcmul(x_c.new_full((), scale), x_c, x_c, value=0.044715 * scale).mul_(x_c)
         torch.mul(two_u.sigmoid_(), x_c, out=y_c)
     return y
 

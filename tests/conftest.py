@@ -153,7 +153,8 @@ def run_forked(words, env, cwd, out, err):
     os.chdir(cwd)
     os.environ.update(env)
     encoding = os.environ.get("PYTHONIOENCODING")
-    sys.stdout, sys.stderr = (open(i, "w", 1, encoding=encoding, closefd=False) for i in (1, 2))  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", 1, encoding=encoding, closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [str(word) for word in words]
     sys.path.insert(0, str(ROOT))

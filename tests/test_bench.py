@@ -94,7 +94,7 @@ def test_compiling_after_the_warmup_is_an_error_there_alone():
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The folder to which every subcommand has written; step as a user starts it, the others in this process."""
+    """The folder to which every subcommand has written; step in a process of its own, the others in this one."""
     folder = tmp_path_factory.mktemp("bench")
     tokens = {"step": (64, 128), "scale": (64, 128, 256), "moe": (64,)}
     data = folder / "hellaswag.jsonl"

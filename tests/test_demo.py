@@ -16,8 +16,6 @@ def folders(tmp_path, monkeypatch):
     """The demo's folders in tmp_path, with an earlier result in place."""
     monkeypatch.setattr(demo, "OUT", tmp_path / "demo")
     monkeypatch.setattr(demo, "SHARDS", tmp_path / "bytes")
-    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=run, Popen=start, STDOUT=None))
-    monkeypatch.chdir(demo.HERE)  # which the demo gives its processes
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "earlier.png").write_bytes(b"figure")
     return tmp_path
@@ -35,6 +33,13 @@ def start(command, stdout, **_):
     return Forked(*command[1:], out=Path(stdout.name), err=Path(stdout.name))
 
 
+@pytest.fixture
+def forks(monkeypatch):
+    """The demo's scripts run in forks; the failing ones, below, as the demo starts them."""
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=run, Popen=start, STDOUT=None))
+    monkeypatch.chdir(demo.HERE)  # which the demo gives its processes
+
+
 def run_demo(monkeypatch, *flags):
     """The demo's exit code."""
     monkeypatch.setattr(sys, "argv", ["demo.py", *flags])
@@ -48,7 +53,7 @@ def names(folder):
 
 
 @pytest.mark.slow
-def test_the_demo_shows_commands_table_text_and_figure(folders, monkeypatch, capfd):
+def test_the_demo_shows_commands_table_text_and_figure(folders, forks, monkeypatch, capfd):
     monkeypatch.setattr(demo, "SCHEDULE", demo.SCHEDULE.replace("--val_loss_steps 32", "--val_loss_steps 2"))
     assert run_demo(monkeypatch, "--steps", "8", "--seed", "3") == 0
     out = capfd.readouterr().out

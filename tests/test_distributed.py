@@ -212,7 +212,7 @@ def start_nodes(folder, settings):
     return [Forked(*words, f"--node_rank={node}", WORKER, runs, "env://") for node in (0, 1)]
 
 
-def test_two_nodes_of_which_one_dies_continue_and_make_the_run_left_alone(shards, tmp_path):
+def test_two_nodes_of_which_one_dies_start_again_and_make_the_run_left_alone(shards, tmp_path):
     common = {"name": "nodes", "data_root": str(shards), "save_checkpoint_every": 5, "max_steps": 40, "fsdp": True,
               "val_loss_every": 20, "dist_timeout": 20, "resume": "auto"}  # fmt: skip
     launch(2, tmp_path / "alone", [common])
@@ -222,7 +222,10 @@ def test_two_nodes_of_which_one_dies_continue_and_make_the_run_left_alone(shards
         process.kill()
     (_, said), _ = [node.communicate() for node in nodes]
     assert nodes[0].poll() and re.search("Connection (closed|reset) by peer|Broken pipe|timed out", said), said
-    launch(2, tmp_path / "nodes", [common])
+    nodes = start_nodes(tmp_path / "nodes", common)
+    for node in nodes:
+        _, said = node.communicate()
+        assert node.poll() == 0, said[-3000:]
     alone, killed = (lines(tmp_path / name / "log_nodes_test_seed_1337.txt") for name in ("alone", "nodes"))
     assert killed == alone
 

@@ -521,8 +521,10 @@ def test_the_z_loss_of_the_output_is_a_stream_and_not_in_val(train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [
-    pytest.param({"n_exp": 8, "use_aux_loss": True, "balance_scope": "step"}, id="step"),
-    pytest.param({"n_exp": 4, "use_bias_balance": True, "gate": "sigmoid", "train_capacity": 1.0}, id="capacity"),
+    pytest.param({"n_exp": 8, "use_aux_loss": True, "balance_scope": "step", "eval_capacity": math.inf}, id="step"),
+    pytest.param({"n_exp": 4, "use_noisy_top_k": True, "use_aux_loss": True, "use_router_z_loss": True,
+                  "router_use_full_prec": True, "use_switch_tfm_init": True, "gate": "sigmoid",
+                  "use_bias_balance": True, "n_shared_exp": 1, "train_capacity": 1.0}, id="capacity"),
     pytest.param(METHODS["all"], id="all"),
 ])  # fmt: skip
 def test_one_graph_per_mode(settings):
@@ -534,7 +536,7 @@ def test_one_graph_per_mode(settings):
     model, eager = (make(**settings | {"n_layer": 2}).double() for _ in range(2))
     counter = CompileCounterWithBackend("aot_eager")  # traces the backward too
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for seed, training in enumerate((True, True, False, True)):
+    for seed, training in enumerate((True, True, False, False, True)):
         for m, call in ((model, compiled), (eager, eager)):
             m.train(training).zero_grad()
             torch.manual_seed(seed)

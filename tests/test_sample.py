@@ -403,7 +403,8 @@ def test_the_script_prints_samples(main, run_folder):
 @pytest.mark.slow
 def test_the_script_takes_a_file_longer_than_the_window(run_folder, tmp_path):
     (tmp_path / "prompt.txt").write_text("in a file, longer than the window ✓", encoding="utf-8")
-    flags = ("--checkpoint", run_folder, "--temperature", 0, "--prompt_file", tmp_path / "prompt.txt")
+    file, prompt = run_folder / "step_000001.pt", tmp_path / "prompt.txt"
+    flags = ("--checkpoint", file, "--temperature", 0, "--prompt_file", prompt)
     process = Forked(ROOT / "sample.py", *flags, PYTHONIOENCODING="ascii")
     out, errors = process.communicate()
     assert process.poll() == 0
