@@ -12,7 +12,7 @@ import common
 import identity
 from common import UserError
 from model import MODEL_FIELDS, GPTConfig
-from moe import ROUTER_LOSSES
+from model import ROUTER_LOSSES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings

@@ -1,29 +1,444 @@
-"""GPT-2 and its Mixture-of-Experts variants: attention, blocks, the model. moe.py has the experts.
+"""GPT-2 and its Mixture-of-Experts variants: settings, router, experts, attention, the model.
 
     out = GPT(GPTConfig(n_exp=8, use_aux_loss=True))(idx, targets)
     out.loss.backward()          # cross-entropy + weighted router losses;  out.ce_loss is the cross-entropy alone
-
-The dense parts follow GPT-2 (tied embeddings, learned positions, pre-norm, GELU tanh) and have its parameter names, so
-its checkpoints load. With n_exp > 1 the MLP of every `stride`-th block becomes a MoE layer (blocks 0, 2, 4, ...).
-
-Shapes:  B sequences, S positions, D width, V vocabulary.
 """
 
 import dataclasses
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-import balance
-from common import FiniteAboveZero, Fraction, Positive, Rate, find_bad_setting
-from kernels import KVCache, compute_dtype, linear_cross_entropy, linear_cross_entropy_with_z_loss
-from moe import GATES, MLP, ROUTER_LOSSES, Experts, MoE, MoESettings, Router  # noqa: F401 - all the model's names
+from common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, find_bad_setting
+from kernels import (
+    ExpertMLPs,
+    Gelu,
+    KVCache,
+    at_least_float32,
+    compute_dtype,
+    linear_cross_entropy,
+    linear_cross_entropy_with_z_loss,
+    sort_by_expert,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the load-balance loss counts. (MoE, Routing, Plan, number of sequences) -> scalar, gradient through P alone; in
+# training with the scope step it is (2, E), load and P, of which losses_in_step() makes the scalar after the last layer
+
+
+def balance_in_micro_batch(moe, routing, plan, n_sequences):
+    f_E, P_E = plan.count_E / routing.logits_TE.shape[0], routing.probs_TE.mean(dim=0)
+    return moe.config.n_exp * (f_E * P_E).sum()
+
+
+def balance_in_step(moe, routing, plan, n_sequences):
+    if not moe.training:  # only in training do all ranks run the same number of forwards
+        return balance_in_micro_batch(moe, routing, plan, n_sequences)
+    P_E = routing.probs_TE.mean(dim=0)
+    return torch.stack([plan.count_E.to(P_E.dtype), P_E])
+
+
+def losses_in_step(so_far, of_layers, n_tokens):
+    """The load-balance loss of each of the L MoE layers, by one all-reduce for all of them.
+
+    so_far (L, E + 1): choices per expert, then tokens, of the step so far on all ranks; this micro-batch is added.
+    of_layers: the values of balance_in_step for the micro-batch of this rank, which has n_tokens.
+    """
+    count_LE, P_LE = torch.stack(of_layers).unbind(1)
+    f_LE = load_in_step(so_far, count_LE.detach(), n_tokens)
+    return [len(f_E) * (f_E * P_E).sum() for f_E, P_E in zip(f_LE, P_LE, strict=True)]
+
+
+# Opaque to torch.compile, which would otherwise recompute the sum in backward from `so_far`, changed by then.
+@torch.library.custom_op("moe::load_in_step", mutates_args=("so_far",))
+def load_in_step(so_far: torch.Tensor, count_LE: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """f_LE, choices per token, of the step so far on all ranks, after adding this micro-batch to `so_far`."""
+    new = F.pad(count_LE, (0, 1), value=n_tokens).to(so_far.dtype)
+    if dist.is_initialized():
+        dist.all_reduce(new)
+    so_far.add_(new)
+    return (so_far[:, :-1] / so_far[:, -1:]).to(count_LE.dtype)
+
+
+@load_in_step.register_fake
+def _(so_far, count_LE, n_tokens):
+    return torch.empty_like(count_LE, memory_format=torch.contiguous_format)
+
+
+def balance_in_sequence(moe, routing, plan, n_sequences):
+    chosen_TE = torch.zeros_like(routing.probs_TE).scatter_(1, routing.expert_TK, 1.0)
+    f_BE, P_BE = (x.view(n_sequences, -1, x.shape[1]).mean(dim=1) for x in (chosen_TE, routing.probs_TE))
+    return moe.config.n_exp * (f_BE * P_BE).sum(dim=1).mean()
+
+
+SCOPES = {"micro_batch": balance_in_micro_batch, "step": balance_in_step, "sequence": balance_in_sequence}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bias after a step
+
+BINS = 4000  # of a histogram of margins over [-LARGEST, LARGEST]; 1,000 are too coarse for many or peaked experts
+LARGEST = 1.0
+
+
+def sign_step(bias_E, count_E, rate):
+    """The bias after a step with `count_E` choices per expert."""
+    return bias_E + rate * torch.sign(count_E.mean() - count_E)
+
+
+def margins_of(scores_TE, bias_E, top_k):
+    """r_TE = alpha_T - s_TE: the bias above which token t chooses expert e while alpha_T stays.
+
+    alpha_T is the (K+1)-th largest biased score of the token: the largest that is not chosen.
+    """
+    biased_TE = scores_TE + bias_E
+    if top_k == biased_TE.shape[1]:  # every expert is chosen whatever the bias
+        return torch.zeros_like(biased_TE)
+    alpha_T = biased_TE.topk(top_k + 1, dim=-1).values[:, -1:]
+    return alpha_T - scores_TE
+
+
+def histogram(margins_TE):
+    """Counts (E, M), float32, of each expert's margins in equal bins; those beyond the ends fall into the last bins."""
+    bins_TE = ((margins_TE / LARGEST + 1) / 2 * BINS).long().clamp(0, BINS - 1)
+    counts_EM = torch.zeros(margins_TE.shape[1], BINS, device=margins_TE.device)
+    return counts_EM.scatter_add_(1, bins_TE.t(), torch.ones_like(bins_TE.t(), dtype=torch.float32))
+
+
+def quantile_step(counts_EM, top_k):
+    """The bias from the histogram of a step's margins: the (K/E)-quantile of each expert, mean-centred.
+
+    Within a bin the margins count as evenly spread.
+    """
+    wanted_E1 = counts_EM.sum(1, keepdim=True) * top_k / counts_EM.shape[0]
+    running_EM = counts_EM.cumsum(1)
+    bin_E1 = (running_EM < wanted_E1).sum(1, keepdim=True).clamp(max=BINS - 1)
+    inside_E1 = counts_EM.gather(1, bin_E1)
+    before_E1 = running_EM.gather(1, bin_E1) - inside_E1
+    place_E1 = bin_E1 + ((wanted_E1 - before_E1) / inside_E1.clamp(min=1)).clamp(0, 1)
+    bias_E = (place_E1[:, 0] / BINS * 2 - 1) * LARGEST
+    return bias_E - bias_E.mean()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gates: by which score experts are ranked, and how the chosen ones are weighted
+
+
+class Gate(NamedTuple):
+    score: Callable  # (logits_TE, probs_TE) -> (T, E)
+    weigh: Callable  # (logits_TK, scores_TK), those of the chosen experts -> (T, K)
+
+
+GATES = {
+    # Shazeer eq. 3, Mixtral: softmax over the selected; the constant 1, without gradient, at K = 1
+    "topk_softmax": Gate(
+        lambda logits_TE, probs_TE: probs_TE, lambda logits_TK, scores_TK: torch.softmax(logits_TK, -1)
+    ),
+    # Switch, ST-MoE: the entries of the softmax over all experts, as they are
+    "softmax": Gate(lambda logits_TE, probs_TE: probs_TE, lambda logits_TK, scores_TK: scores_TK),
+    # DeepSeek-V3 (2412.19437) eq. 13: normalised over the selection for K > 1
+    "sigmoid": Gate(
+        lambda logits_TE, probs_TE: torch.sigmoid(logits_TE),
+        lambda logits_TK, scores_TK: (
+            scores_TK / scores_TK.sum(-1, keepdim=True) if scores_TK.shape[1] > 1 else scores_TK
+        ),
+    ),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Router losses: functions of what the router decided and of the sorted pairs, per MoE layer
+
+
+def load_balance_loss(moe, routing, plan, n_sequences):
+    """Switch eq. 4 with k choices: E * sum_e f_e P_e, gradient through P alone; k when balanced."""
+    return SCOPES[moe.config.balance_scope](moe, routing, plan, n_sequences)
+
+
+def router_z_loss(moe, routing, plan, n_sequences):
+    """ST-MoE eq. 5: mean over tokens of logsumexp(logits)^2, over all logits or over the selected ones."""
+    logits = routing.logits_TE
+    if moe.config.z_loss_on == "selected":
+        logits = logits.gather(1, routing.expert_TK)
+    return torch.logsumexp(logits, dim=-1).square().mean()
+
+
+class RouterLoss(NamedTuple):
+    switch: str  # the setting that turns it on
+    weight: str  # the setting of its weight in the loss
+    formula: Callable  # (MoE, Routing, Plan, number of sequences) -> scalar
+
+
+ROUTER_LOSSES = {
+    "aux_loss": RouterLoss("use_aux_loss", "aux_loss_weight", load_balance_loss),
+    "z_loss": RouterLoss("use_router_z_loss", "router_z_loss_weight", router_z_loss),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+ExpertWidth = Positive | Literal["iso"] | None
+
+
+@dataclass(kw_only=True)  # the positional arguments of GPTConfig stay GPT-2's
+class MoESettings:
+    """Settings of the MoE layers; a part of GPTConfig, which has n_embd, n_layer and the checks of single values."""
+
+    # mixture of experts (no effect with --n_exp 1)
+    n_exp: Positive = 1  # Experts per MoE layer; 1 is the dense model
+    top_k: Positive = 2  # Experts per token
+    stride: Positive = 2  # Every stride-th block is a MoE layer, from block 0, or first_dense
+    first_dense: NotNegative = 0  # Leading blocks that stay dense
+    expert_hidden: ExpertWidth = None  # Hidden width of an expert (default: 4 x n_embd; iso: the FLOPs of a dense MLP)
+    shared_expert_hidden: Positive | None = None  # Hidden width of a shared expert (default: that of the others)
+    use_noisy_top_k: bool = False  # Learned noise on the router logits, in training
+    use_aux_loss: bool = False  # Load-balance loss
+    use_router_z_loss: bool = False  # Penalty on large router logits
+    use_switch_tfm_init: bool = False  # MoE layers drawn from a truncated normal, std sqrt(scale / fan in)
+    router_use_full_prec: bool = False  # Router in float32 under autocast
+    switch_tfm_init_scale: FiniteAboveZero = 1.0  # Scale of that initialisation; the paper recommends 0.1
+    gate: Literal[tuple(GATES)] = "topk_softmax"  # Weights of the chosen experts
+    gate_scale: FiniteAboveZero = 1.0  # Factor on those weights
+    noise_scale: Rate = 1.0  # Factor on the router noise
+    freeze_router: bool = False  # Router stays as drawn: the control that any trick must beat
+    z_loss_on: Literal["all", "selected"] = "all"  # Logits in the router z-loss
+    use_bias_balance: bool = False  # Balance by a bias on the selection that moves by a fixed rate, without a loss
+    use_quantile_balance: bool = False  # Balance by a bias from the quantiles of the step's scores, without a loss
+    bias_balance_rate: Rate = 0.001  # Change of the selection bias per step
+    n_shared_exp: NotNegative = 0  # Experts that every token passes, beside the routed ones
+    aux_loss_weight: Rate = 0.01  # Weight of the load-balance loss
+    router_z_loss_weight: Rate = 0.001  # Weight of the router z-loss
+    balance_scope: Literal[tuple(SCOPES)] = "micro_batch"  # Tokens over which the load-balance loss counts
+    train_capacity: AboveZero = 1.25  # Capacity factor of an expert in training; inf drops nothing
+    eval_capacity: AboveZero = 2.0  # Capacity factor in validation
+    min_capacity: Positive = 4  # Smallest capacity of an expert, tokens
+
+    def check_experts(self):
+        """Refuse what no MoE layer can have, and settings of a part that is off."""
+        if self.top_k > self.n_exp:
+            raise ValueError(f"top_k {self.top_k} is more than n_exp {self.n_exp}: a token cannot pick an expert twice")
+        if self.first_dense >= self.n_layer:
+            raise ValueError(f"first_dense {self.first_dense} of n_layer {self.n_layer} leaves no MoE layer: lower it")
+        if self.use_bias_balance and self.use_quantile_balance:
+            raise ValueError("use_bias_balance and use_quantile_balance move the same bias: choose one")
+        parts = self.top_k + self.n_shared_exp
+        if self.expert_hidden == "iso" and (self.hidden % parts or self.shared_expert_hidden):
+            of = f"4 n_embd / (top_k + n_shared_exp) = {self.hidden} / {parts}, of shared experts too"
+            raise ValueError(f"expert_hidden iso is {of}: make it a whole number without shared_expert_hidden")
+        for name, off, part in (
+            ("z_loss_on", "all", "use_router_z_loss"), ("noise_scale", 1.0, "use_noisy_top_k"),
+            ("shared_expert_hidden", None, "n_shared_exp"),
+        ):  # fmt: skip
+            if getattr(self, name) != off and not getattr(self, part):
+                raise ValueError(f"{name} {getattr(self, name)} has no effect without {part}: set that too")
+
+    @property
+    def hidden(self):
+        """Hidden width of the dense MLP."""
+        return 4 * self.n_embd
+
+    @property
+    def hidden_of_expert(self):
+        """Hidden width of an expert; "iso" gives a MoE layer the FLOPs of the dense one."""
+        if self.expert_hidden == "iso":
+            return self.hidden // (self.top_k + self.n_shared_exp)
+        return self.expert_hidden or self.hidden
+
+    @property
+    def hidden_of_shared(self):
+        """Hidden width of all shared experts together."""
+        return self.n_shared_exp * (self.shared_expert_hidden or self.hidden_of_expert)
+
+    def is_moe_layer(self, layer: int) -> bool:
+        return self.n_exp > 1 and layer >= self.first_dense and (layer - self.first_dense) % self.stride == 0
+
+    @staticmethod
+    def moe_fields():
+        """The settings that have no effect in a dense model: all of these but n_exp."""
+        return tuple(field.name for field in dataclasses.fields(MoESettings) if field.name != "n_exp")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Route, sort, grouped products, combine
+
+
+class MLP(nn.Module):
+    def __init__(self, config, n_hidden, dropout):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, n_hidden, bias=config.bias)
+        self.c_proj = nn.Linear(n_hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(Gelu.apply(self.c_fc(x))))
+
+
+class Routing(NamedTuple):
+    expert_TK: torch.Tensor  # int64, the chosen experts, best first
+    gate_TK: torch.Tensor  # float32, their weights
+    clean_TE: torch.Tensor  # float32, logits without noise
+    logits_TE: torch.Tensor  # float32, with the noise that was added
+    probs_TE: torch.Tensor  # float32, softmax over all experts
+    scores_TE: torch.Tensor  # float32, those that the gate ranks by
+
+
+class Router(nn.Module):
+    """Chooses top_k experts for each token. A subclass may override `choose`."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.w_g = nn.Linear(config.n_embd, config.n_exp, bias=False)
+        if config.use_noisy_top_k:
+            self.w_noise = nn.Linear(config.n_embd, config.n_exp, bias=False)
+        self.biased = config.use_bias_balance or config.use_quantile_balance
+        if self.biased:
+            self.register_buffer("balance_bias", torch.zeros(config.n_exp))
+        self.requires_grad_(not config.freeze_router)
+        self.config = config
+
+    def product(self, x_TD, linear):
+        """x_TD @ linear (T, E) as float32. Under autocast the product is bf16 unless router_use_full_prec."""
+        if not self.config.router_use_full_prec:
+            return at_least_float32(linear(x_TD))
+        # Both are needed: autocast would make the product bf16, and input or weight may arrive in bf16.
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(at_least_float32(x_TD), at_least_float32(linear.weight))
+
+    def logits(self, x_TD):
+        """Router logits (T, E), float32, without and with noise.
+
+        Shazeer eq. 4, in training: H(x) = x W_g + N(0, 1) * softplus(x W_noise).
+        """
+        clean_TE = self.product(x_TD, self.w_g)
+        if not (self.config.use_noisy_top_k and self.training):
+            return clean_TE, clean_TE
+        noise_TE = torch.randn_like(clean_TE) * F.softplus(self.product(x_TD, self.w_noise))
+        return clean_TE, clean_TE + self.config.noise_scale * noise_TE
+
+    def choose(self, logits_TE, scores_TE):
+        """Indices (T, K) of the chosen experts, best first.
+
+        With bias balancing the bias moves the choice only: the gate is of the unbiased score.
+        """
+        ranked_TE = scores_TE + self.balance_bias if self.biased else logits_TE
+        return ranked_TE.topk(self.config.top_k, dim=-1).indices
+
+    def forward(self, x_TD):
+        clean_TE, logits_TE = self.logits(x_TD)
+        probs_TE = torch.softmax(logits_TE, dim=-1)
+        gate = GATES[self.config.gate]
+        scores_TE = gate.score(logits_TE, probs_TE)
+        expert_TK = self.choose(logits_TE, scores_TE)
+        gate_TK = gate.weigh(logits_TE.gather(1, expert_TK), scores_TE.gather(1, expert_TK))
+        return Routing(expert_TK, self.config.gate_scale * gate_TK, clean_TE, logits_TE, probs_TE, scores_TE)
+
+
+class Experts(nn.Module):
+    """E two-layer MLPs as stacked tensors, (E, D, F) and (E, F, D)."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, D, H = config.n_exp, config.n_embd, config.hidden_of_expert
+        self.c_fc = nn.Parameter(torch.empty(E, D, H))
+        self.c_proj = nn.Parameter(torch.empty(E, H, D))
+        self.fc_bias = nn.Parameter(torch.empty(E, 1, H)) if config.bias else None
+        self.proj_bias = nn.Parameter(torch.empty(E, 1, D)) if config.bias else None
+
+    def forward(self, x_TD, expert_TK, gate_TK, plan):
+        """x (T, D) in the compute type -> (T, D), the chosen experts' outputs weighted by the gates."""
+        fc, proj, fc_bias, proj_bias = (
+            p if p is None else p.to(x_TD.dtype) for p in (self.c_fc, self.c_proj, self.fc_bias, self.proj_bias)
+        )
+        fc_bias, proj_bias = (b if b is None else b.squeeze(1) for b in (fc_bias, proj_bias))
+        return ExpertMLPs.apply(
+            x_TD, expert_TK, gate_TK, fc, fc_bias, proj, proj_bias, plan.row_N, plan.pair_N, plan.ends_E
+        )
+
+
+class MoE(nn.Module):
+    """Router and experts in the place of an MLP. A subclass may override `mix`."""
+
+    MAX_LOGIT, COUNTS = 2, 5  # columns of router_table: the largest |logit|, the first of the counts
+
+    def __init__(self, config):
+        super().__init__()
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared = MLP(config, config.hidden_of_shared, dropout=0.0) if config.n_shared_exp else None
+        self.dropout = nn.Dropout(config.dropout)
+        self.config = config
+        # Statistics of the last forward, for the log: they stay on the device until GPT.router_stats() reads them.
+        self.register_buffer("count", torch.zeros(config.n_exp), persistent=False)  # choices per expert
+        self.register_buffer("stats", torch.zeros(self.COUNTS), persistent=False)  # see record()
+        if config.use_quantile_balance:  # histogram of margins per expert
+            self.register_buffer("margins", torch.zeros(config.n_exp, BINS), persistent=False)
+
+    def capacity(self, n_tokens):
+        """Most pairs that an expert takes, Switch eq. 3 with k choices; None where no pair can be dropped."""
+        factor = self.config.train_capacity if self.training else self.config.eval_capacity
+        wanted = self.config.top_k * factor * n_tokens / self.config.n_exp
+        if wanted >= n_tokens:  # a token chooses an expert at most once
+            return None
+        capacity = math.floor(wanted)
+        capacity = max(self.config.min_capacity, capacity + capacity % 2)
+        return capacity if capacity < n_tokens else None
+
+    def mix(self, x_TD, routing, plan, capacity):
+        """Each token's experts, weighted by its gates: (T, D), in the compute type, as x is.
+
+        Pairs beyond an expert's capacity count as 0.
+        """
+        gate_TK = routing.gate_TK
+        if capacity is not None:
+            kept_TK = (plan.place_N < capacity).view(self.config.top_k, -1).t()
+            gate_TK = gate_TK * kept_TK
+        return self.experts(x_TD, routing.expert_TK, gate_TK, plan)
+
+    def forward(self, x, dropless=False):
+        """x (B, S, D) -> output (B, S, D) and {name: scalar} of the router losses that are on.
+
+        With balance_scope step the load-balance loss is still a pair of vectors in training.
+        """
+        x_TD = x.reshape(-1, x.shape[-1])
+        rounded_TD = x_TD.to(compute_dtype(x_TD))  # one copy for all products
+        routing = self.router(x_TD if self.config.router_use_full_prec else rounded_TD)
+        plan = sort_by_expert(routing.expert_TK, self.config.n_exp)
+        capacity = None if dropless else self.capacity(x_TD.shape[0])
+        y_TD = self.mix(rounded_TD, routing, plan, capacity)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(rounded_TD)
+        if not dropless:  # sampling and HellaSwag log nothing of the router
+            self.record(routing, plan, capacity)
+        losses = {
+            name: loss.formula(self, routing, plan, x.shape[0])
+            for name, loss in ROUTER_LOSSES.items()
+            if getattr(self.config, loss.switch)
+        }
+        return self.dropout(y_TD).view(x.shape), losses
+
+    @torch.no_grad()
+    def record(self, routing, plan, capacity):
+        """Choices per expert; dropped fraction, entropy, largest |logit|, variances of clean logits and of noise.
+
+        Variances are over the experts, mean over the tokens: a part that all experts share moves no choice.
+        """
+        logits_TE, clean_TE, none = routing.logits_TE, routing.clean_TE, self.stats.new_zeros(())
+        dropped = none if capacity is None else (plan.place_N >= capacity).float().mean()
+        entropy = -(routing.probs_TE * torch.log_softmax(logits_TE, dim=-1)).sum(-1).mean()
+        noise_variance = none if logits_TE is clean_TE else (logits_TE - clean_TE).var(-1).mean()
+        self.count.copy_(plan.count_E)
+        self.stats.copy_(
+            torch.stack([dropped, entropy, logits_TE.abs().max(), clean_TE.var(-1).mean(), noise_variance])
+        )
+        if self.config.use_quantile_balance and self.training:
+            margins_TE = margins_of(routing.scores_TE, self.router.balance_bias, self.config.top_k)
+            self.margins.copy_(histogram(margins_TE))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings and output
@@ -256,7 +671,7 @@ class GPT(nn.Module):
         if cache is not None:
             cache.length += S
         if "aux_loss" in losses and self.config.balance_scope == "step" and self.training:
-            losses["aux_loss"] = balance.losses_in_step(self.so_far, losses["aux_loss"], idx.numel())
+            losses["aux_loss"] = losses_in_step(self.so_far, losses["aux_loss"], idx.numel())
         return self.transformer.ln_f(x), {name: sum(of_layers) for name, of_layers in losses.items()}
 
     def new_cache(self, batch_size):
@@ -311,7 +726,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def update_balance_bias(self, table):
-        """Move the selection biases, if there are any (balance.py).
+        """Move the selection biases, if there are any.
 
         Once per step, with a router_table whose counts are summed over the micro-batches and ranks of the step.
         """
@@ -320,9 +735,9 @@ class GPT(nn.Module):
             count_E, histogram = row[self.COUNTS :].split([config.n_exp, len(row) - self.COUNTS - config.n_exp])
             bias_E = moe.router.balance_bias if moe.router.biased else None
             if config.use_bias_balance:
-                bias_E.copy_(balance.sign_step(bias_E, count_E, config.bias_balance_rate))
+                bias_E.copy_(sign_step(bias_E, count_E, config.bias_balance_rate))
             elif config.use_quantile_balance:
-                bias_E.copy_(balance.quantile_step(histogram.view(config.n_exp, -1), config.top_k))
+                bias_E.copy_(quantile_step(histogram.view(config.n_exp, -1), config.top_k))
 
     def start_step(self):
         """Forget what the micro-batches of the last step have counted; a skipped step leaves nothing behind."""
