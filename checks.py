@@ -8,11 +8,10 @@ import math
 
 import torch
 
-import common
 import identity
-from common import UserError
-from model import MODEL_FIELDS, GPTConfig
-from model import ROUTER_LOSSES
+from lab import common
+from lab.common import UserError
+from model import MODEL_FIELDS, ROUTER_LOSSES, GPTConfig
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings

@@ -38,8 +38,8 @@ import identity
 import runlog
 import sweep
 import train_single_gpu
-from common import UserError
 from identity import PUBLISHED, name_part
+from lab.common import UserError
 
 SEEDS = ("seed", "data_seed")  # the settings in which the runs of a group may differ
 LENGTH = ("max_steps", "max_minutes", "decay_steps", "parent")  # baselines for a power law differ in these alone

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
+from lab.common import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Curves for the figures

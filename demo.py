@@ -25,10 +25,10 @@ from typing import NamedTuple
 import matplotlib
 from tqdm import tqdm
 
-import common
 import identity
 import runlog
-from common import Positive, Seed, UserError
+from lab import common
+from lab.common import Positive, Seed, UserError
 
 matplotlib.use("Agg")  # a file, no window
 import matplotlib.pyplot as plt

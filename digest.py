@@ -20,11 +20,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import common
 import compare
 import runlog
 import sweep
-from common import UserError, atomic_write
+from lab import common
+from lab.common import UserError, atomic_write
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT / "results"

@@ -44,11 +44,11 @@ from typing import Annotated, Literal
 import numpy as np
 from tqdm import tqdm
 
-import common
-import dataloader
-from common import Fraction, Positive, Range, UserError, atomic_write, lock
+from lab import common
+from lab import data as dataloader
+from lab.common import Fraction, Positive, Range, UserError, atomic_write, lock
+from lab.tokenizer import SPACE, get_tokenizer
 from textfiles import checked_text, find_files, missing_column, read_documents, stdlib_files
-from tokenizer import SPACE, get_tokenizer
 
 FINEWEB, SAMPLE = "HuggingFaceFW/fineweb-edu", "sample-10BT"
 PIECE = 500_000  # characters per call of the tokenizer and per task of a worker: tens of milliseconds of work

@@ -38,12 +38,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import common
-from common import Positive, SharedError, UserError, atomic_write
-from kernels import compute_dtype, linear_cross_entropy
+from lab import checkpoint, common
+from lab.common import Positive, SharedError, UserError, atomic_write
+from lab.kernels import compute_dtype, linear_cross_entropy
+from lab.tokenizer import token_bytes
 from sample import attention_without_cudnn, inference_dtype, require_memory
-from tokenizer import token_bytes
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = Path("data/hellaswag/hellaswag_val.jsonl")

@@ -22,12 +22,12 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-import dataloader
 import runlog
-from common import UserError, atomic_write
 from identity import read_record
+from lab import data as dataloader
+from lab.common import UserError, atomic_write
+from lab.tokenizer import ByteTokenizer, GPT2Tokenizer, gpt2_files
 from model import GPT, MODEL_FIELDS, GPTConfig
-from tokenizer import ByteTokenizer, GPT2Tokenizer, gpt2_files
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding a folder
@@ -86,7 +86,7 @@ GPT2_SETTINGS = {
     "tie_word_embeddings": (True,), "auto_map": (None,),
 }  # fmt: skip
 
-MOE_CODE = Path(__file__).with_name("modeling_moe_gpt2.py")
+MOE_CODE = Path(__file__).with_name("lab") / "modeling_moe_gpt2.py"
 MOE_TYPE = "moe_gpt2"
 AUTO_MAP = {
     "AutoConfig": f"{MOE_CODE.stem}.MoEGPT2Config",

@@ -20,9 +20,9 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypeVar
 
-import common
-from common import UserError, check_writable, hints, lock, metadata
-from dataloader import fingerprint
+from lab import common
+from lab.common import UserError, check_writable, hints, lock, metadata
+from lab.data import fingerprint
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The settings that count
@@ -285,7 +285,7 @@ def check_form(state, path):
 
 def find_state(args, folder, log_path, say):
     """The checkpoint to continue from, or None for a fresh start, which never writes over a run that is there."""
-    import checkpoint  # here: it imports torch, which runlog.py does without
+    from lab import checkpoint  # here: it imports torch, which runlog.py does without
 
     if not args.resume:
         refuse_existing(log_path, checkpoint.newest(folder), settings_of(args))

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 import checks
 import identity
-import optim
 import runlog
-from common import UserError, atomic_write
+from lab import optim
+from lab.common import UserError, atomic_write
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The log file

@@ -17,8 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, find_bad_setting
-from kernels import (
+from lab.common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, find_bad_setting
+from lab.kernels import (
     ExpertMLPs,
     Gelu,
     KVCache,

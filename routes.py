@@ -35,10 +35,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-import checkpoint
-import common
 import textfiles
-from common import Range, UserError, atomic_write
+from lab import checkpoint, common
+from lab.common import Range, UserError, atomic_write
 from sample import BrokenModel, attention_without_cudnn, inference_dtype
 
 matplotlib.use("Agg")  # a file, no window
@@ -318,7 +317,7 @@ def page(title, notes, routes, sources, tokenizer, tables, words):
         "tables": {name: table.to_dict("records") for name, table in tables.items()},
     }  # fmt: skip
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")  # no tag ends the script
-    return Path(__file__).with_name("routes_template.html").read_text(encoding="utf-8").replace("ROUTES_DATA", text)
+    return Path(__file__).with_name("lab") / "routes_template.html".read_text(encoding="utf-8").replace("ROUTES_DATA", text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,10 +55,10 @@ from typing import NamedTuple
 import numpy as np
 import tyro
 
-import common
-from common import NotNegative, UserError, atomic_write
 from curves import WHOLE, thin
 from identity import PUBLISHED, parse_stem, read_record, run_stem
+from lab import common
+from lab.common import NotNegative, UserError, atomic_write
 
 # train and hella as published, val with two digits more
 FORMATS = {"train": ".6f", "val": ".6f", "val_bpb": ".6f", "hella": ".4f", "hella_bpb": ".6f"}

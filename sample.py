@@ -23,9 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import checkpoint
-import common
-from common import NotNegative, Positive, Seed, UserError
+from lab import checkpoint, common
+from lab.common import NotNegative, Positive, Seed, UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inference: type, attention and memory (hellaswag.py uses them too)

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
-from common import UserError, os_error_behind
+from lab.common import UserError, os_error_behind
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing

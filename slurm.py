@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 
-from common import UserError
+from lab.common import UserError
 
 
 def launch(command, log, env):

@@ -31,15 +31,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
-import checkpoint
-import common
-import dataloader
 import identity
 import runlog
 import slurm
 import train_single_gpu
-from common import DIVERGED, DONE, INTERRUPTED, AboveZero, Positive, UserError
 from identity import PUBLISHED
+from lab import checkpoint, common
+from lab import data as dataloader
+from lab.common import DIVERGED, DONE, INTERRUPTED, AboveZero, Positive, UserError
 from model import GPT
 
 TRAINER = Path(__file__).resolve().parent / "train_single_gpu.py"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import zstandard
 
-from common import UserError
+from lab.common import UserError
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 PACKED = (".gz", ".zst")  # of all but parquet, which is read from its end

@@ -25,26 +25,25 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import common  # before torch
-from common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, Seed, UserError
+from lab import common  # before torch
+from lab.common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, Seed, UserError
 
 # isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
 
-import checkpoint
 import hellaswag
 import identity
 import logger
-import optim
 import runlog
 import sample
 from checks import check_args, check_model, model_config
-from dataloader import DataLoader
 from identity import Changeable, Uncounted
+from lab import checkpoint, optim
+from lab.data import DataLoader
+from lab.tokenizer import get_tokenizer, token_bytes
 from model import GPT, MODEL_FIELDS, GPTConfig
-from tokenizer import get_tokenizer, token_bytes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings. Edit them here, or override them on the command line.

@@ -2,6 +2,6 @@
 
 import os
 
-import common  # noqa: F401 (sets how idle OpenMP threads wait)
+from lab import common  # noqa: F401 (sets how idle OpenMP threads wait)
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise each use of the profiler prints two lines to stderr

@@ -26,11 +26,11 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-import common
 from bench import gpu, pipeline, roofline, steps
 from bench.moe import bench_moe
 from bench.timing import write_result
-from common import FiniteAboveZero, NotNegative, Positive, Range, Seed, UserError
+from lab import common
+from lab.common import FiniteAboveZero, NotNegative, Positive, Range, Seed, UserError
 
 BENCHES = {
     "step": steps.bench_step,

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lab.tokenizer import get_tokenizer
 from model import MoE, Router
-from tokenizer import get_tokenizer
 
 
 def replace(old, new_class):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import sweep
 from bench.baselines import replace
-from common import autocast
+from lab.common import autocast
 from model import GPT, MODEL_FIELDS, GPTConfig, MoE, Router
 
 SHAPE = {"block_size": 64, "vocab_size": 512, "n_layer": 2, "n_head": 2, "n_embd": 64}

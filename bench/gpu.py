@@ -40,7 +40,6 @@ from pathlib import Path
 
 import torch
 
-import common
 import hellaswag
 import runlog
 import sweep
@@ -49,9 +48,10 @@ from bench import correct, pipeline, steps
 from bench.moe import bench_moe
 from bench.report import failures, print_report, write_report
 from bench.timing import Target, interleave, median_seconds
-from common import UserError, atomic_write
+from lab import common
+from lab.common import UserError, atomic_write
+from lab.tokenizer import GPT2Tokenizer, get_tokenizer
 from logger import describe_machine
-from tokenizer import GPT2Tokenizer, get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = {"machine": 20, "correct": 60, "step": 240, "data": 40, "train": 180}  # of --minutes, in this order

@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import kernels
 from bench.steps import build_model
 from bench.timing import Target, interleave, median_ratio, median_seconds
-from common import autocast
+from lab import kernels
+from lab.common import autocast
 from model import MLP
 
 

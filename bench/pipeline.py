@@ -16,9 +16,9 @@ import sample
 from bench.baselines import encode_document, from_prefix, one_by_one
 from bench.steps import build_model
 from bench.timing import Target, interleave, median_ratio, median_seconds
-from common import UserError, autocast
-from dataloader import DataLoader
-from tokenizer import get_tokenizer
+from lab.common import UserError, autocast
+from lab.data import DataLoader
+from lab.tokenizer import get_tokenizer
 
 LOADER_B, LOADER_BATCHES = 8, 100  # sequences per batch of `loader`, batches timed after the first
 QUARTERS = 4  # a text of `sample` is timed in this many parts: does a later token cost more?

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from bench.timing import format_value, print_table
-from common import atomic_write
+from lab.common import atomic_write
 
 
 def write_report(args, paths):

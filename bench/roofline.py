@@ -28,10 +28,10 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import kernels as model_kernels
 from bench.steps import config_of
 from bench.timing import print_table
-from common import atomic_write
+from lab import kernels as model_kernels
+from lab.common import atomic_write
 from model import GPT
 
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import common  # before torch
+from lab import common  # before torch
 
 # isort: split
 import torch
 import torch.distributed as dist
 
-import checkpoint
+from lab import checkpoint
 from model import GPT, GPTConfig
 
 SHAPE = {"block_size": 32, "vocab_size": 4096, "n_layer": 6, "n_head": 6, "n_embd": 384, "n_exp": 8, "stride": 1}

@@ -13,9 +13,9 @@ import torch
 
 from bench.baselines import HalfRouter, OneHotMoE, TurnRouter, replace
 from bench.timing import Target, interleave, median_ratio, median_seconds, peak_bytes
-from common import UserError, autocast
+from lab.common import UserError, autocast
+from lab.muon import Muon, muon_groups
 from model import GPT, GPTConfig
-from muon import Muon, muon_groups
 
 VARIANTS = {  # settings of GPTConfig; --n_exp experts and no capacity unless given here
     "dense": {"n_exp": 1},

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common import atomic_write
+from lab.common import atomic_write
 from logger import describe_machine
 
 # ---------------------------------------------------------------------------------------------------------------------

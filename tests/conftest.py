@@ -120,7 +120,7 @@ def flags(settings):
 
 def call(script, *argv, encoding="utf-8"):
     """(exit code, stdout, stderr) of a script of the repository, called in this process."""
-    import common
+    from lab import common
 
     streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding) for _ in range(2)]
     before, sys.argv = sys.argv, [f"{script}.py", *map(str, argv)]

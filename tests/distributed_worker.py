@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 
-import common
 import train_single_gpu as trainer
+from lab import common
 
 warnings.simplefilter("ignore", UserWarning)
 rank, world_size = common.world()

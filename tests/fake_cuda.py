@@ -19,6 +19,7 @@ from typing import NamedTuple
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import moe
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -27,17 +28,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import common
 import hellaswag
-import kernels
-import moe
-import optim
 import sample
 import sweep
 import train_single_gpu as trainer
-from dataloader import DataLoader
+from lab import common, kernels, optim
+from lab.data import DataLoader
+from lab.tokenizer import get_tokenizer
 from model import GPT
-from tokenizer import get_tokenizer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The device

@@ -22,8 +22,10 @@ import torch.distributed.run
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import conftest  # noqa: E402
 
-import checkpoint  # noqa: E402
-import common  # noqa: E402
+from lab import (
+    checkpoint,
+    common,
+)
 
 TRAINER = Path(__file__).parent.parent / "train_single_gpu.py"
 

@@ -15,8 +15,6 @@ import pytest
 import torch
 from conftest import TINY_RUN, flags, write_shards
 
-import checkpoint
-import common
 import demo
 import fineweb
 import hellaswag
@@ -26,6 +24,7 @@ import sample
 import sweep
 import train_single_gpu
 from bench import __main__ as bench
+from lab import checkpoint, common
 from model import GPT, GPTConfig
 
 SHAPE = {"block_size": 16, "vocab_size": 257, "n_layer": 2, "n_head": 2, "n_embd": 8, "n_exp": 4}

@@ -2,15 +2,14 @@
 
 import math
 
+import balance
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import lines
 
-import balance
-import checkpoint
-import optim
 import runlog
+from lab import checkpoint, optim
 from model import GPT, GPTConfig
 
 TINY = {"block_size": 32, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 16, "train_capacity": math.inf}

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import Forked, call
 
-import common
 from bench import __main__ as bench
 from bench import timing
 from bench.baselines import HalfRouter, OneHotMoE, TurnRouter, replace
+from lab import common
 from model import GPTConfig, MoE, Router
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,14 +8,14 @@ import signal
 import time
 import types
 
+import moe
 import psutil
 import pytest
 import torch
 from conftest import Forked
 
-import moe
 from bench import correct, gpu, report
-from common import UserError
+from lab.common import UserError
 
 NAMES = [f"{i}_{part}.json" for i, part in enumerate(gpu.SHARES, start=1)]
 SMALL = shlex.split("--device cpu --threads 1 --n_embd 32 --tokens 64 128 --rounds 1 --warmup 1")

@@ -19,8 +19,8 @@ import pytest
 import torch
 from conftest import Forked
 
-import checkpoint
-from common import UserError
+from lab import checkpoint
+from lab.common import UserError
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -481,7 +481,7 @@ def test_a_state_of_another_run_is_refused_with_the_first_misfit():
 RANKS = """
 import copy, sys; sys.path[:0] = sys.argv[1:3]
 import torch, torch.distributed as dist, checkpoint, common
-from common import UserError
+from lab.common import UserError
 from test_checkpoint import MOE, adafactor, adamw, equal, small_model, train_step
 
 torch.set_num_threads(1)

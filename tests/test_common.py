@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 import pytest
 import torch
 
-import common
-from common import TEMP_SUFFIX, Fraction, Positive, Rate, UserError, atomic_write, lock
+from lab import common
+from lab.common import TEMP_SUFFIX, Fraction, Positive, Rate, UserError, atomic_write, lock
 
 ROOT = Path(common.__file__).parent
 
@@ -124,7 +124,7 @@ def test_exit_now_says_what_was_printed_and_leaves_python_as_it_is():
 
 PAGE_FAULTS = """
 import resource, sys
-import common
+from lab import common
 
 if sys.argv[1] == "keep":
     common.keep_freed_memory()

@@ -15,7 +15,7 @@ import curves
 import identity
 import runlog
 import train_single_gpu
-from common import UserError
+from lab.common import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-import kernels
+from lab import kernels
 from model import GPT, GPTConfig, MoE
 
 TESTS = Path(__file__).parent

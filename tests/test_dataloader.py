@@ -12,8 +12,8 @@ import psutil
 import pytest
 import torch
 
-from common import UserError
-from dataloader import DataLoader, fingerprint, order_rows, plan_epoch
+from lab.common import UserError
+from lab.data import DataLoader, fingerprint, order_rows, plan_epoch
 
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (101, 57, 230, 40)  # of the training shards: 40 is shorter than some T below, as a remainder may be

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import Forked
 
-import common
 import demo
 import runlog
+from lab import common
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 import torch.distributed.run
 from conftest import TINY_RUN, Forked, flags, lines
 
-import checkpoint
 import runlog
+from lab import checkpoint
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parent

@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-import common
 import runlog
 import train_single_gpu
+from lab import common
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "results/README.md", "results/published/README.md", "docs/add_a_trick.md")

@@ -24,9 +24,9 @@ import zstandard
 
 import fineweb
 import textfiles
-from common import UserError, lock
-from dataloader import DataLoader
-from tokenizer import get_tokenizer
+from lab.common import UserError, lock
+from lab.data import DataLoader
+from lab.tokenizer import get_tokenizer
 
 SCRIPT = Path(fineweb.__file__)
 DATASETS_HOME = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}

@@ -22,14 +22,13 @@ import pytest
 import torch
 from conftest import TINY_RUN, write_shards
 
-import checkpoint
-import common
 import compare
 import fineweb
 import runlog
 import sweep
 import train_single_gpu as trainer
-from dataloader import DataLoader, fingerprint
+from lab import checkpoint, common
+from lab.data import DataLoader, fingerprint
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.slow

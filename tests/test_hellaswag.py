@@ -14,13 +14,12 @@ import pytest
 import torch
 from conftest import Forked
 
-import checkpoint
-import common
 import hellaswag
-from common import Machine, UserError
 from hellaswag import Example
+from lab import checkpoint, common
+from lab.common import Machine, UserError
+from lab.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT / "tests/data/hellaswag_50.jsonl"
@@ -343,7 +342,7 @@ def test_training_continues_without_hellaswag_only_if_no_file_was_named(tmp_path
 
 WORKER = """
 import json, sys, torch, torch.distributed as dist
-import common, hellaswag, test_hellaswag as t
+from lab import common, hellaswag, test_hellaswag as t
 torch.set_num_threads(1)
 hellaswag.URL = "http://127.0.0.1:1/"
 rank, address, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -454,7 +453,7 @@ def test_a_batch_larger_than_the_memory_is_refused():
 
 NO_FILE_BEYOND_10_KB = """
 import resource
-import common, hellaswag
+from lab import common, hellaswag
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 common.run(hellaswag.main)
 """

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import Forked
 
-import checkpoint
 import hf
 import sample
-from common import UserError
+from lab import checkpoint
+from lab.common import UserError
 from model import GATES, GPT, MODEL_FIELDS, GPTConfig
 
 transformers = pytest.importorskip("transformers")
@@ -380,7 +380,7 @@ def test_only_an_earlier_export_is_written_over(tmp_path):
 
 FULL_DISK = """
 import resource, sys
-import common, checkpoint
+from lab import common, checkpoint
 from model import GPT, GPTConfig
 model = GPT(GPTConfig(block_size=24, vocab_size=61, n_layer=3, n_head=2, n_embd=16, n_exp=4))
 checkpoint.export_hf(model, sys.argv[1])

@@ -13,15 +13,13 @@ import pytest
 import torch
 from conftest import TINY_RUN, Forked, flags, lines
 
-import checkpoint
 import checks
-import common
 import compare
 import identity
-import optim
 import runlog
 import train_single_gpu as trainer
-from common import UserError
+from lab import checkpoint, common, optim
+from lab.common import UserError
 from model import GPT, GPTConfig
 
 ROOT = Path(trainer.__file__).parent
@@ -369,7 +367,7 @@ def test_a_checkpoint_folder_that_cannot_be_written_is_found_at_start(train):
 
 LOG_OF_3000_BYTES = """
 import resource, signal
-import common, logger, train_single_gpu
+from lab import common, logger, train_single_gpu
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 real = logger.RunLog.write

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels
 from bench import moe as bench_moe
 from bench import timing
+from lab import kernels
 from model import GPT, GPTConfig
 
 # -- references

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import hellaswag
+from lab import checkpoint
+from lab.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "tests" / "data" / "hellaswag_50.jsonl"

@@ -11,14 +11,12 @@ import torch.nn.functional as F
 from conftest import TINY_RUN, lines
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import checkpoint
 import checks
-import common
-import kernels
 import runlog
 import sample
 import train_single_gpu as trainer
-from common import UserError
+from lab import checkpoint, common, kernels
+from lab.common import UserError
 from model import GPT, GPTConfig
 
 TINY = {"block_size": 32, "vocab_size": 61, "n_layer": 3, "n_head": 2, "n_embd": 16}

@@ -10,12 +10,11 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-import common
 from bench import __main__ as bench
-from common import UserError
+from lab import checkpoint, common
+from lab.common import UserError
+from lab.muon import COEFFICIENTS, STEPS, Muon, muon_groups, newton_schulz
 from model import GPT, GPTConfig
-from muon import COEFFICIENTS, STEPS, Muon, muon_groups, newton_schulz
 
 SMALL = {"block_size": 16, "vocab_size": 61, "n_layer": 2, "n_head": 2, "n_embd": 16}
 MOE = {"n_exp": 4, "n_shared_exp": 1, "use_noisy_top_k": True, "use_bias_balance": True, "train_capacity": float("inf")}

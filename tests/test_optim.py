@@ -10,13 +10,11 @@ import pytest
 import torch
 from conftest import lines
 
-import checkpoint
 import checks
-import common
-import optim
 import runlog
 import train_single_gpu as trainer
-from common import UserError
+from lab import checkpoint, common, optim
+from lab.common import UserError
 from model import GPT, GPTConfig
 
 

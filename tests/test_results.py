@@ -14,7 +14,7 @@ import compare
 import curves
 import digest
 import runlog
-from common import UserError
+from lab.common import UserError
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 PAGES = (RESULTS / "README.md", RESULTS.parent / "README.md")

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import common
 from bench import __main__ as bench
 from bench import roofline
+from lab import common
 from model import GPTConfig
 
 N, D, H = 512, 64, 256

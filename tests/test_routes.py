@@ -15,12 +15,12 @@ import pytest
 import torch
 from conftest import Forked
 
-import checkpoint
 import routes
-from common import UserError
+from lab import checkpoint
+from lab.common import UserError
+from lab.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
 from routes import Routes
-from tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"block_size": 16, "vocab_size": 257, "n_layer": 3, "n_head": 2, "n_embd": 16, "n_exp": 8, "bias": False}

@@ -11,7 +11,7 @@ import compare
 import curves
 import logger
 import runlog
-from common import UserError
+from lab.common import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED_LOG = ROOT / "tests/data/log_moe_20250711_seed_1337.txt"

@@ -10,12 +10,11 @@ import pytest
 import torch
 from conftest import Forked
 
-import checkpoint
-import common
 import sample
-from common import UserError
+from lab import checkpoint, common
+from lab.common import UserError
+from lab.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"block_size": 16, "vocab_size": 61, "n_layer": 3, "n_head": 2, "n_embd": 16}
@@ -282,7 +281,7 @@ def test_bfloat16_on_cuda_where_the_grouped_products_can_read_the_rows():
 
 WORKER = """
 import json, sys, torch, torch.distributed as dist
-import common, sample, test_sample as t
+from lab import common, sample, test_sample as t
 torch.set_num_threads(1)
 rank, address, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)

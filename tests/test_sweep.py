@@ -18,14 +18,13 @@ import pytest
 import torch
 from conftest import Forked
 
-import checkpoint
-import common
 import identity
 import runlog
 import slurm
 import sweep
 import train_single_gpu
-from common import AboveZero, Positive, UserError, lock
+from lab import checkpoint, common
+from lab.common import AboveZero, Positive, UserError, lock
 from model import GATES
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiktoken
 
-from common import UserError
-from tokenizer import CUT, get_tokenizer, gpt2_files, packaged_encoding, token_bytes
+from lab.common import UserError
+from lab.tokenizer import CUT, get_tokenizer, gpt2_files, packaged_encoding, token_bytes
 
 ALPHABET = "ab1ſ \n\t'  sdmtl\r\x0b\x1c\x1f\x85\xa0\u1680\u200a\u3000\u2028é漢़😀=._-\u200b\ufeff\x00"
 PROSE = Path(__file__).parent / "data/prose_200kB.txt"
@@ -162,7 +162,7 @@ def test_wrong_files_are_refused(tmp_path):
 
 def test_no_package_and_no_network_is_one_clear_error():
     code = """if True:
-        import tokenizer, common
+        from lab import tokenizer, common
         tokenizer.importlib.util.find_spec = lambda name: None
         tokenizer.DOWNLOAD_URL = "http://127.0.0.1:9/vocab.bpe"
         common.run(lambda: tokenizer.get_tokenizer("gpt2"))

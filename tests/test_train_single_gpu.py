@@ -16,16 +16,14 @@ import pytest
 import torch
 from conftest import TINY_RUN, Forked, flags, lines
 
-import checkpoint
-import common
 import identity
-import optim
 import runlog
 import train_single_gpu as trainer
-from common import UserError
-from dataloader import DataLoader
+from lab import checkpoint, common, optim
+from lab.common import UserError
+from lab.data import DataLoader
+from lab.tokenizer import get_tokenizer
 from model import GPT, GPTConfig
-from tokenizer import get_tokenizer
 
 ROOT = Path(trainer.__file__).parent
 NOISY = {"use_noisy_top_k": True, "use_aux_loss": True, "use_router_z_loss": True}

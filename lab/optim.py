@@ -11,7 +11,7 @@ import math
 
 import torch
 
-from muon import Muon, muon_groups
+from lab.muon import Muon, muon_groups
 
 DECAY_PART = 0.2  # of the run, for wsd without --decay_steps
 

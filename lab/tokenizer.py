@@ -27,7 +27,7 @@ import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
-from common import UserError
+from lab.common import UserError
 
 EOT_TEXT = "<|endoftext|>"
 UNKNOWN = "\ufffd".encode()  # for ids that no text has but a model can sample: the padding of 50257 to 50304

@@ -22,7 +22,7 @@ Both parts compute on whole tensors: every rank of DDP makes the same update; FS
 import torch
 from torch.optim.adamw import adamw
 
-from common import UserError
+from lab.common import UserError
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3, x^5: steep at 0, singular values end in about 0.7 to 1.2
 STEPS = 5

@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import UserError
+from lab.common import UserError
 
 SHARD_NAME = re.compile(r"(?!\.).*(?:^|_)(train|val)(?:_.*)?\.(?:npy|bin)")  # not *.tmp: half-written
 RAW_NAMES = ("train.bin", "val.bin")

@@ -34,12 +34,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-import common
 import hf
-from common import TEMP_SUFFIX, UserError, atomic_write
 from hf import config_of, export_hf
+from lab import common
+from lab.common import TEMP_SUFFIX, UserError, atomic_write
+from lab.tokenizer import get_tokenizer
 from model import GPT
-from tokenizer import get_tokenizer
 
 FORMAT = 2
 INDEX = "index.pt"  # in the folder of a sharded set
