@@ -1,10 +1,25 @@
-"""GPT-2 and its Mixture-of-Experts variants: settings, router, experts, attention, the model.
+"""GPT-2 and its Mixture-of-Experts variants, from the router to the whole model. What a new trick changes is here.
 
     out = GPT(GPTConfig(n_exp=8, use_aux_loss=True))(idx, targets)
     out.loss.backward()          # cross-entropy + weighted router losses;  out.ce_loss is the cross-entropy alone
+
+The dense parts follow GPT-2 (tied embeddings, learned positions, pre-norm, GELU tanh) and have its parameter names, so
+its checkpoints load. With n_exp > 1 the MLP of every `stride`-th block becomes a MoE layer (blocks 0, 2, 4, ...).
+
+    router    logits = x W_g, top k of E experts per token: Shazeer 2017 (1701.06538) eq. 3-5, Switch (2101.03961)
+    losses    load balance: Switch eq. 4-6 with k choices; router z-loss: ST-MoE (2202.08906) eq. 5
+    dispatch  sort the (token, choice) pairs by expert, run the experts as grouped matrix products on the sorted rows,
+              combine by gate. No tensor of tokens x experts x capacity exists: memory and time are linear in tokens.
+    capacity  a mask on the pairs, so dropless (capacity `inf`) and capacity share one path
+
+A new router loss is a formula, a row of ROUTER_LOSSES, and a switch and a weight in GPTConfig; a new gate is a row of
+GATES. Each then gets a row in variants.py. docs/add_a_trick.md shows one from beginning to end.
+
+Shapes:  B sequences, S positions, D width, V vocabulary; T tokens (B*S), E experts, K choices per token, N = T*K pairs,
+F hidden width, M bins of a histogram, L MoE layers. A suffix names the shape: x_TD is (T, D). Pairs are numbered
+choice-major, n = k*T + t: all first choices, then all second ones, which is the order in which capacity is given out.
 """
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Callable
@@ -15,9 +30,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
-from lab.common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, find_bad_setting
+from lab.common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, check_ranges
 from lab.kernels import (
     ExpertMLPs,
     Gelu,
@@ -25,71 +39,115 @@ from lab.kernels import (
     at_least_float32,
     compute_dtype,
     linear_cross_entropy,
-    linear_cross_entropy_with_z_loss,
     sort_by_expert,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What the load-balance loss counts. (MoE, Routing, Plan, number of sequences) -> scalar, gradient through P alone; in
-# training with the scope step it is (2, E), load and P, of which losses_in_step() makes the scalar after the last layer
+# Gates: by which score experts are ranked, and how the chosen ones are weighted
 
 
-def balance_in_micro_batch(moe, routing, plan, n_sequences):
-    f_E, P_E = plan.count_E / routing.logits_TE.shape[0], routing.probs_TE.mean(dim=0)
-    return moe.config.n_exp * (f_E * P_E).sum()
+class Gate(NamedTuple):
+    score: Callable  # (logits_TE, probs_TE) -> (T, E), by which a selection bias ranks
+    weigh: Callable  # (logits_TK, scores_TK), those of the chosen experts -> (T, K)
+    sums_to_1: Callable  # top_k -> whether the weights of a token sum to 1
 
 
-def balance_in_step(moe, routing, plan, n_sequences):
-    if not moe.training:  # only in training do all ranks run the same number of forwards
-        return balance_in_micro_batch(moe, routing, plan, n_sequences)
-    P_E = routing.probs_TE.mean(dim=0)
-    return torch.stack([plan.count_E.to(P_E.dtype), P_E])
+def normalised(scores_TK):
+    """DeepSeek-V3 (2412.19437) eq. 13: over the selection, for K > 1."""
+    return scores_TK / scores_TK.sum(-1, keepdim=True) if scores_TK.shape[1] > 1 else scores_TK
 
 
-def losses_in_step(so_far, of_layers, n_tokens):
-    """The load-balance loss of each of the L MoE layers, by one all-reduce for all of them.
+GATES = {
+    # Shazeer eq. 3, Mixtral: softmax over the selected; the constant 1, without gradient, at K = 1
+    "topk_softmax": Gate(
+        score=lambda logits_TE, probs_TE: probs_TE,
+        weigh=lambda logits_TK, scores_TK: torch.softmax(logits_TK, -1),
+        sums_to_1=lambda top_k: True,
+    ),
+    # Switch, ST-MoE: the entries of the softmax over all experts, as they are
+    "softmax": Gate(
+        score=lambda logits_TE, probs_TE: probs_TE,
+        weigh=lambda logits_TK, scores_TK: scores_TK,
+        sums_to_1=lambda top_k: False,
+    ),
+    "sigmoid": Gate(
+        score=lambda logits_TE, probs_TE: torch.sigmoid(logits_TE),
+        weigh=lambda logits_TK, scores_TK: normalised(scores_TK),
+        sums_to_1=lambda top_k: top_k > 1,
+    ),
+}
 
-    so_far (L, E + 1): choices per expert, then tokens, of the step so far on all ranks; this micro-batch is added.
-    of_layers: the values of balance_in_step for the micro-batch of this rank, which has n_tokens.
+# ---------------------------------------------------------------------------------------------------------------------
+# Router losses: functions of what the router decided and of the sorted pairs, per MoE layer
+
+
+def load_balance_loss(moe, routing, plan, n_sequences):
+    """Switch eq. 4 with K choices: E * sum_e f_e P_e, f_e the choices per token on expert e, P_e its mean probability.
+    K when balanced; gradient through P alone. P is of the softmax over all experts whatever the gate.
+
+    balance_scope says over which tokens f and P are taken:
+        micro_batch   both over the micro-batch, as published
+        step          f over the micro-batches of the step so far and over all ranks: Qwen (2501.11873), algorithm 1
+        sequence      both within each sequence: DeepSeek-V3 (2412.19437) eq. 17-20
     """
-    count_LE, P_LE = torch.stack(of_layers).unbind(1)
-    f_LE = load_in_step(so_far, count_LE.detach(), n_tokens)
-    return [len(f_E) * (f_E * P_E).sum() for f_E, P_E in zip(f_LE, P_LE, strict=True)]
+    probs_TE, n_exp = routing.probs_TE, moe.config.n_exp
+    if moe.config.balance_scope == "sequence":
+        chosen_TE = torch.zeros_like(probs_TE).scatter_(1, routing.expert_TK, 1.0)
+        f_BE, P_BE = (x.view(n_sequences, -1, n_exp).mean(dim=1) for x in (chosen_TE, probs_TE))
+        return n_exp * (f_BE * P_BE).sum(dim=1).mean()
+    if moe.config.balance_scope == "step" and moe.training:  # in evaluation ranks may run different numbers of forwards
+        f_E = load_in_step(moe.so_far, plan.count_E.to(probs_TE.dtype), len(probs_TE))
+    else:
+        f_E = plan.count_E / len(probs_TE)
+    return n_exp * (f_E * probs_TE.mean(dim=0)).sum()
 
 
 # Opaque to torch.compile, which would otherwise recompute the sum in backward from `so_far`, changed by then.
 @torch.library.custom_op("moe::load_in_step", mutates_args=("so_far",))
-def load_in_step(so_far: torch.Tensor, count_LE: torch.Tensor, n_tokens: int) -> torch.Tensor:
-    """f_LE, choices per token, of the step so far on all ranks, after adding this micro-batch to `so_far`."""
-    new = F.pad(count_LE, (0, 1), value=n_tokens).to(so_far.dtype)
+def load_in_step(so_far: torch.Tensor, count_E: torch.Tensor, n_tokens: int) -> torch.Tensor:
+    """f_E, choices per token, of the step so far on all ranks, after adding this micro-batch to `so_far` (E + 1), which
+    holds choices per expert, then tokens."""
+    new = F.pad(count_E, (0, 1), value=n_tokens).to(so_far.dtype)
     if dist.is_initialized():
         dist.all_reduce(new)
     so_far.add_(new)
-    return (so_far[:, :-1] / so_far[:, -1:]).to(count_LE.dtype)
+    return (so_far[:-1] / so_far[-1]).to(count_E.dtype)
 
 
 @load_in_step.register_fake
-def _(so_far, count_LE, n_tokens):
-    return torch.empty_like(count_LE, memory_format=torch.contiguous_format)
+def _(so_far, count_E, n_tokens):
+    return torch.empty_like(count_E)
 
 
-def balance_in_sequence(moe, routing, plan, n_sequences):
-    chosen_TE = torch.zeros_like(routing.probs_TE).scatter_(1, routing.expert_TK, 1.0)
-    f_BE, P_BE = (x.view(n_sequences, -1, x.shape[1]).mean(dim=1) for x in (chosen_TE, routing.probs_TE))
-    return moe.config.n_exp * (f_BE * P_BE).sum(dim=1).mean()
+def router_z_loss(moe, routing, plan, n_sequences):
+    """ST-MoE eq. 5: mean over tokens of logsumexp(logits)^2, over all logits or over the selected ones."""
+    logits = routing.logits_TE
+    if moe.config.z_loss_on == "selected":
+        logits = logits.gather(1, routing.expert_TK)
+    return torch.logsumexp(logits, dim=-1).square().mean()
 
 
-SCOPES = {"micro_batch": balance_in_micro_batch, "step": balance_in_step, "sequence": balance_in_sequence}
+class RouterLoss(NamedTuple):
+    switch: str  # the setting that turns it on
+    weight: str  # the setting of its weight in the loss
+    formula: Callable  # (MoE, Routing, Plan, number of sequences) -> scalar
+
+
+ROUTER_LOSSES = {
+    "aux_loss": RouterLoss("use_aux_loss", "aux_loss_weight", load_balance_loss),
+    "z_loss": RouterLoss("use_router_z_loss", "router_z_loss_weight", router_z_loss),
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The bias after a step
+# Balancing by a bias, without a loss: b_E is added to the scores for the choice of experts only, gates are of the
+# unbiased scores. It moves once per step, by sums over the micro-batches and ranks of the step.
 
 BINS = 4000  # of a histogram of margins over [-LARGEST, LARGEST]; 1,000 are too coarse for many or peaked experts
 LARGEST = 1.0
 
 
 def sign_step(bias_E, count_E, rate):
-    """The bias after a step with `count_E` choices per expert."""
+    """Wang 2024 (2408.15664), algorithm 1: the bias after a step with `count_E` choices per expert."""
     return bias_E + rate * torch.sign(count_E.mean() - count_E)
 
 
@@ -113,7 +171,8 @@ def histogram(margins_TE):
 
 
 def quantile_step(counts_EM, top_k):
-    """The bias from the histogram of a step's margins: the (K/E)-quantile of each expert, mean-centred.
+    """Quantile balancing (J. Su; Kimi K3): from the histogram of a step's margins the bias with which each expert takes
+    the fraction K / E of the step's tokens, mean-centred. No rate and no weight.
 
     Within a bin the margins count as evenly spread.
     """
@@ -126,117 +185,69 @@ def quantile_step(counts_EM, top_k):
     bias_E = (place_E1[:, 0] / BINS * 2 - 1) * LARGEST
     return bias_E - bias_E.mean()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Gates: by which score experts are ranked, and how the chosen ones are weighted
-
-
-class Gate(NamedTuple):
-    score: Callable  # (logits_TE, probs_TE) -> (T, E)
-    weigh: Callable  # (logits_TK, scores_TK), those of the chosen experts -> (T, K)
-
-
-GATES = {
-    # Shazeer eq. 3, Mixtral: softmax over the selected; the constant 1, without gradient, at K = 1
-    "topk_softmax": Gate(
-        lambda logits_TE, probs_TE: probs_TE, lambda logits_TK, scores_TK: torch.softmax(logits_TK, -1)
-    ),
-    # Switch, ST-MoE: the entries of the softmax over all experts, as they are
-    "softmax": Gate(lambda logits_TE, probs_TE: probs_TE, lambda logits_TK, scores_TK: scores_TK),
-    # DeepSeek-V3 (2412.19437) eq. 13: normalised over the selection for K > 1
-    "sigmoid": Gate(
-        lambda logits_TE, probs_TE: torch.sigmoid(logits_TE),
-        lambda logits_TK, scores_TK: (
-            scores_TK / scores_TK.sum(-1, keepdim=True) if scores_TK.shape[1] > 1 else scores_TK
-        ),
-    ),
-}
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Router losses: functions of what the router decided and of the sorted pairs, per MoE layer
-
-
-def load_balance_loss(moe, routing, plan, n_sequences):
-    """Switch eq. 4 with k choices: E * sum_e f_e P_e, gradient through P alone; k when balanced."""
-    return SCOPES[moe.config.balance_scope](moe, routing, plan, n_sequences)
-
-
-def router_z_loss(moe, routing, plan, n_sequences):
-    """ST-MoE eq. 5: mean over tokens of logsumexp(logits)^2, over all logits or over the selected ones."""
-    logits = routing.logits_TE
-    if moe.config.z_loss_on == "selected":
-        logits = logits.gather(1, routing.expert_TK)
-    return torch.logsumexp(logits, dim=-1).square().mean()
-
-
-class RouterLoss(NamedTuple):
-    switch: str  # the setting that turns it on
-    weight: str  # the setting of its weight in the loss
-    formula: Callable  # (MoE, Routing, Plan, number of sequences) -> scalar
-
-
-ROUTER_LOSSES = {
-    "aux_loss": RouterLoss("use_aux_loss", "aux_loss_weight", load_balance_loss),
-    "z_loss": RouterLoss("use_router_z_loss", "router_z_loss_weight", router_z_loss),
-}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
 
 
-ExpertWidth = Positive | Literal["iso"] | None
+@dataclass
+class GPTConfig:
+    """Settings of the model. ValueError, naming the field, for values that no model can have."""
 
+    # shape
+    block_size: Positive = 1024  # Positions
+    vocab_size: Positive = 50304  # Vocabulary size: GPT-2's 50257 padded to a multiple of 64
+    n_layer: Positive = 12  # Transformer blocks
+    n_head: Positive = 12  # Attention heads per block
+    n_embd: Positive = 768  # Width
+    dropout: Fraction = 0.0  # Dropout rate: 0 for pretraining, 0.1 and more for finetuning
+    bias: bool = True  # Biases in Linears, LayerNorms and experts, as in GPT-2
+    qk_norm: bool = False  # RMS norm of queries and keys per head
+    mlp_init: Literal["gpt2", "switch"] = "gpt2"  # Initialisation of all MLPs, dense and experts
 
-@dataclass(kw_only=True)  # the positional arguments of GPTConfig stay GPT-2's
-class MoESettings:
-    """Settings of the MoE layers; a part of GPTConfig, which has n_embd, n_layer and the checks of single values."""
-
-    # mixture of experts (no effect with --n_exp 1)
+    # mixture of experts (no effect with n_exp 1)
     n_exp: Positive = 1  # Experts per MoE layer; 1 is the dense model
     top_k: Positive = 2  # Experts per token
     stride: Positive = 2  # Every stride-th block is a MoE layer, from block 0, or first_dense
     first_dense: NotNegative = 0  # Leading blocks that stay dense
-    expert_hidden: ExpertWidth = None  # Hidden width of an expert (default: 4 x n_embd; iso: the FLOPs of a dense MLP)
-    shared_expert_hidden: Positive | None = None  # Hidden width of a shared expert (default: that of the others)
-    use_noisy_top_k: bool = False  # Learned noise on the router logits, in training
-    use_aux_loss: bool = False  # Load-balance loss
-    use_router_z_loss: bool = False  # Penalty on large router logits
-    use_switch_tfm_init: bool = False  # MoE layers drawn from a truncated normal, std sqrt(scale / fan in)
-    router_use_full_prec: bool = False  # Router in float32 under autocast
-    switch_tfm_init_scale: FiniteAboveZero = 1.0  # Scale of that initialisation; the paper recommends 0.1
+    expert_hidden: Positive | Literal["iso"] | None = None  # Width of an expert (default 4 n_embd; iso: dense FLOPs)
+    n_shared_exp: NotNegative = 0  # Experts that every token passes, beside the routed ones
     gate: Literal[tuple(GATES)] = "topk_softmax"  # Weights of the chosen experts
     gate_scale: FiniteAboveZero = 1.0  # Factor on those weights
+    use_noisy_top_k: bool = False  # Learned noise on the router logits, in training
     noise_scale: Rate = 1.0  # Factor on the router noise
+    router_use_full_prec: bool = False  # Router in float32 under autocast
     freeze_router: bool = False  # Router stays as drawn: the control that any trick must beat
+    use_aux_loss: bool = False  # Load-balance loss
+    aux_loss_weight: Rate = 0.01  # Weight of the load-balance loss
+    balance_scope: Literal["micro_batch", "step", "sequence"] = "micro_batch"  # Tokens that aux_loss counts
+    use_router_z_loss: bool = False  # Penalty on large router logits
+    router_z_loss_weight: Rate = 0.001  # Weight of the router z-loss
     z_loss_on: Literal["all", "selected"] = "all"  # Logits in the router z-loss
     use_bias_balance: bool = False  # Balance by a bias on the selection that moves by a fixed rate, without a loss
-    use_quantile_balance: bool = False  # Balance by a bias from the quantiles of the step's scores, without a loss
     bias_balance_rate: Rate = 0.001  # Change of the selection bias per step
-    n_shared_exp: NotNegative = 0  # Experts that every token passes, beside the routed ones
-    aux_loss_weight: Rate = 0.01  # Weight of the load-balance loss
-    router_z_loss_weight: Rate = 0.001  # Weight of the router z-loss
-    balance_scope: Literal[tuple(SCOPES)] = "micro_batch"  # Tokens over which the load-balance loss counts
+    use_quantile_balance: bool = False  # Balance by a bias from the quantiles of the step's scores, without a loss
+    use_switch_tfm_init: bool = False  # MoE layers drawn from a truncated normal, std sqrt(scale / fan in)
+    switch_tfm_init_scale: FiniteAboveZero = 1.0  # Scale of Switch's initialisation; the paper recommends 0.1
     train_capacity: AboveZero = 1.25  # Capacity factor of an expert in training; inf drops nothing
     eval_capacity: AboveZero = 2.0  # Capacity factor in validation
     min_capacity: Positive = 4  # Smallest capacity of an expert, tokens
 
-    def check_experts(self):
-        """Refuse what no MoE layer can have, and settings of a part that is off."""
+    def __post_init__(self):
+        check_ranges(self)
+        parts = self.top_k + self.n_shared_exp
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
+        if self.n_exp == 1:
+            return
         if self.top_k > self.n_exp:
             raise ValueError(f"top_k {self.top_k} is more than n_exp {self.n_exp}: a token cannot pick an expert twice")
         if self.first_dense >= self.n_layer:
             raise ValueError(f"first_dense {self.first_dense} of n_layer {self.n_layer} leaves no MoE layer: lower it")
         if self.use_bias_balance and self.use_quantile_balance:
             raise ValueError("use_bias_balance and use_quantile_balance move the same bias: choose one")
-        parts = self.top_k + self.n_shared_exp
-        if self.expert_hidden == "iso" and (self.hidden % parts or self.shared_expert_hidden):
-            of = f"4 n_embd / (top_k + n_shared_exp) = {self.hidden} / {parts}, of shared experts too"
-            raise ValueError(f"expert_hidden iso is {of}: make it a whole number without shared_expert_hidden")
-        for name, off, part in (
-            ("z_loss_on", "all", "use_router_z_loss"), ("noise_scale", 1.0, "use_noisy_top_k"),
-            ("shared_expert_hidden", None, "n_shared_exp"),
-        ):  # fmt: skip
-            if getattr(self, name) != off and not getattr(self, part):
-                raise ValueError(f"{name} {getattr(self, name)} has no effect without {part}: set that too")
+        if self.expert_hidden == "iso" and self.hidden % parts:
+            raise ValueError(f"expert_hidden iso is {self.hidden} / (top_k + n_shared_exp), which must be whole")
 
     @property
     def hidden(self):
@@ -250,18 +261,8 @@ class MoESettings:
             return self.hidden // (self.top_k + self.n_shared_exp)
         return self.expert_hidden or self.hidden
 
-    @property
-    def hidden_of_shared(self):
-        """Hidden width of all shared experts together."""
-        return self.n_shared_exp * (self.shared_expert_hidden or self.hidden_of_expert)
-
-    def is_moe_layer(self, layer: int) -> bool:
+    def is_moe_layer(self, layer):
         return self.n_exp > 1 and layer >= self.first_dense and (layer - self.first_dense) % self.stride == 0
-
-    @staticmethod
-    def moe_fields():
-        """The settings that have no effect in a dense model: all of these but n_exp."""
-        return tuple(field.name for field in dataclasses.fields(MoESettings) if field.name != "n_exp")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,10 +323,7 @@ class Router(nn.Module):
         return clean_TE, clean_TE + self.config.noise_scale * noise_TE
 
     def choose(self, logits_TE, scores_TE):
-        """Indices (T, K) of the chosen experts, best first.
-
-        With bias balancing the bias moves the choice only: the gate is of the unbiased score.
-        """
+        """Indices (T, K) of the chosen experts, best first. A balancing bias moves the choice only, not the gate."""
         ranked_TE = scores_TE + self.balance_bias if self.biased else logits_TE
         return ranked_TE.topk(self.config.top_k, dim=-1).indices
 
@@ -352,10 +350,10 @@ class Experts(nn.Module):
 
     def forward(self, x_TD, expert_TK, gate_TK, plan):
         """x (T, D) in the compute type -> (T, D), the chosen experts' outputs weighted by the gates."""
-        fc, proj, fc_bias, proj_bias = (
-            p if p is None else p.to(x_TD.dtype) for p in (self.c_fc, self.c_proj, self.fc_bias, self.proj_bias)
-        )
-        fc_bias, proj_bias = (b if b is None else b.squeeze(1) for b in (fc_bias, proj_bias))
+        fc, proj = self.c_fc.to(x_TD.dtype), self.c_proj.to(x_TD.dtype)
+        fc_bias = proj_bias = None
+        if self.fc_bias is not None:
+            fc_bias, proj_bias = self.fc_bias.to(x_TD.dtype).squeeze(1), self.proj_bias.to(x_TD.dtype).squeeze(1)
         return ExpertMLPs.apply(
             x_TD, expert_TK, gate_TK, fc, fc_bias, proj, proj_bias, plan.row_N, plan.pair_N, plan.ends_E
         )
@@ -364,20 +362,24 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Router and experts in the place of an MLP. A subclass may override `mix`."""
 
-    MAX_LOGIT, COUNTS = 2, 5  # columns of router_table: the largest |logit|, the first of the counts
+    # Statistics of a forward, see record(). All but the largest logit are means over the tokens.
+    STATS = ("drop_frac", "entropy", "max_logit", "logit_var", "noise_var")
 
     def __init__(self, config):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
-        self.shared = MLP(config, config.hidden_of_shared, dropout=0.0) if config.n_shared_exp else None
+        shared_hidden = config.n_shared_exp * config.hidden_of_expert  # all shared experts are one MLP
+        self.shared = MLP(config, shared_hidden, dropout=0.0) if config.n_shared_exp else None
         self.dropout = nn.Dropout(config.dropout)
         self.config = config
-        # Statistics of the last forward, for the log: they stay on the device until GPT.router_stats() reads them.
+        # Of the last forward, for the log; on the device until RouterStats reads them.
         self.register_buffer("count", torch.zeros(config.n_exp), persistent=False)  # choices per expert
-        self.register_buffer("stats", torch.zeros(self.COUNTS), persistent=False)  # see record()
+        self.register_buffer("stats", torch.zeros(len(self.STATS)), persistent=False)
         if config.use_quantile_balance:  # histogram of margins per expert
             self.register_buffer("margins", torch.zeros(config.n_exp, BINS), persistent=False)
+        if config.balance_scope == "step":  # choices per expert and tokens, of the step so far on all ranks
+            self.register_buffer("so_far", torch.zeros(config.n_exp + 1, dtype=torch.int64), persistent=False)
 
     def capacity(self, n_tokens):
         """Most pairs that an expert takes, Switch eq. 3 with k choices; None where no pair can be dropped."""
@@ -401,25 +403,26 @@ class MoE(nn.Module):
         return self.experts(x_TD, routing.expert_TK, gate_TK, plan)
 
     def forward(self, x, dropless=False):
-        """x (B, S, D) -> output (B, S, D) and {name: scalar} of the router losses that are on.
-
-        With balance_scope step the load-balance loss is still a pair of vectors in training.
-        """
+        """x (B, S, D) -> output (B, S, D) and {name: scalar} of the router losses that are on."""
+        # Route: in float32 with router_use_full_prec, else in the compute type.
         x_TD = x.reshape(-1, x.shape[-1])
         rounded_TD = x_TD.to(compute_dtype(x_TD))  # one copy for all products
         routing = self.router(x_TD if self.config.router_use_full_prec else rounded_TD)
+
+        # Sort the pairs by expert, run the experts, combine.
         plan = sort_by_expert(routing.expert_TK, self.config.n_exp)
         capacity = None if dropless else self.capacity(x_TD.shape[0])
         y_TD = self.mix(rounded_TD, routing, plan, capacity)
         if self.shared is not None:
             y_TD = y_TD + self.shared(rounded_TD)
-        if not dropless:  # sampling and HellaSwag log nothing of the router
+
+        # Statistics and losses. Sampling and HellaSwag, which are dropless, log nothing of the router.
+        if not dropless:
             self.record(routing, plan, capacity)
-        losses = {
-            name: loss.formula(self, routing, plan, x.shape[0])
-            for name, loss in ROUTER_LOSSES.items()
-            if getattr(self.config, loss.switch)
-        }
+        losses = {}
+        for name, loss in ROUTER_LOSSES.items():
+            if getattr(self.config, loss.switch):
+                losses[name] = loss.formula(self, routing, plan, x.shape[0])
         return self.dropout(y_TD).view(x.shape), losses
 
     @torch.no_grad()
@@ -431,78 +434,78 @@ class MoE(nn.Module):
         logits_TE, clean_TE, none = routing.logits_TE, routing.clean_TE, self.stats.new_zeros(())
         dropped = none if capacity is None else (plan.place_N >= capacity).float().mean()
         entropy = -(routing.probs_TE * torch.log_softmax(logits_TE, dim=-1)).sum(-1).mean()
-        noise_variance = none if logits_TE is clean_TE else (logits_TE - clean_TE).var(-1).mean()
+        noise_var = none if logits_TE is clean_TE else (logits_TE - clean_TE).var(-1).mean()
         self.count.copy_(plan.count_E)
-        self.stats.copy_(
-            torch.stack([dropped, entropy, logits_TE.abs().max(), clean_TE.var(-1).mean(), noise_variance])
-        )
+        self.stats.copy_(torch.stack([dropped, entropy, logits_TE.abs().max(), clean_TE.var(-1).mean(), noise_var]))
         if self.config.use_quantile_balance and self.training:
             margins_TE = margins_of(routing.scores_TE, self.router.balance_bias, self.config.top_k)
             self.margins.copy_(histogram(margins_TE))
 
+
+class RouterStats:
+    """What the routers did in several micro-batches: sums on the device, then one all-reduce and one transfer."""
+
+    def __init__(self, model):
+        self.layers, self.config, self.n_forwards = model.moe_layers(), model.config, 0
+        device, n_layers = model.lm_head.weight.device, len(self.layers)
+        width = len(MoE.STATS) + self.config.n_exp * (1 + BINS * self.config.use_quantile_balance)
+        self.sums_L = torch.zeros(n_layers, width, device=device)  # a row: STATS, choices per expert, histogram
+        self.largest_L = torch.full((n_layers,), -math.inf, device=device)
+
+    def add(self):
+        """Add the last forward, which was not dropless."""
+        self.n_forwards += 1
+        for i, (_, moe) in enumerate(self.layers):
+            histogram = [moe.margins.flatten()] if self.config.use_quantile_balance else []
+            self.sums_L[i] += torch.cat([moe.stats, moe.count, *histogram])
+            self.largest_L[i] = torch.maximum(self.largest_L[i], moe.stats[2])
+
+    def reduce(self, others, rank=0, world_size=1):
+        """Sums over the ranks, on the host: (list of the sums of the 1-D tensor `others`, a dict per MoE layer).
+
+        Of a layer: load (fraction of choices per expert), max_vio (Wang 2024: max load / mean load - 1), drop_frac (of
+        choices), entropy (nats), max_logit (largest |logit|), logit_std and noise_std (over the experts).
+        """
+        # The largest of all ranks by a sum: each rank fills its own row. Forwards are summed too: they may differ.
+        largest_RL = self.largest_L.new_zeros(world_size, len(self.layers))
+        largest_RL[rank] = self.largest_L
+        forwards = others.new_tensor([self.n_forwards])
+        sums = torch.cat([others, forwards, self.sums_L.flatten(), largest_RL.flatten()])
+        if world_size > 1:
+            dist.all_reduce(sums)
+        others, forwards, table, largest = sums.split([len(others), 1, self.sums_L.numel(), largest_RL.numel()])
+        self.sums_L = table.view(self.sums_L.shape)
+
+        n_stats = len(MoE.STATS)
+        means = self.sums_L[:, : n_stats + self.config.n_exp] / forwards
+        means[:, 2] = largest.view(world_size, -1).amax(0)
+        host = torch.cat([others, means.flatten()]).tolist()
+        others, rows = host[: len(others)], iter(host[len(others) :])
+        stats = []
+        for layer, _ in self.layers:
+            found = {name: next(rows) for name in MoE.STATS}
+            load = [next(rows) for _ in range(self.config.n_exp)]
+            load = [count / max(1e-9, sum(load)) for count in load]
+            found |= {"layer": layer, "load": load, "max_vio": max(load) * len(load) - 1}
+            found["logit_std"], found["noise_std"] = found.pop("logit_var") ** 0.5, found.pop("noise_var") ** 0.5
+            stats.append(found)
+        return others, stats
+
+    @torch.no_grad()
+    def move_biases(self):
+        """Move the selection biases, if there are any. Once per step, after reduce()."""
+        n_stats, n_exp = len(MoE.STATS), self.config.n_exp
+        for (_, moe), row in zip(self.layers, self.sums_L, strict=True):
+            if self.config.use_bias_balance:
+                count_E, bias_E = row[n_stats : n_stats + n_exp], moe.router.balance_bias
+                bias_E.copy_(sign_step(bias_E, count_E, self.config.bias_balance_rate))
+            elif self.config.use_quantile_balance:
+                histogram_EM = row[n_stats + n_exp :].view(n_exp, BINS)
+                moe.router.balance_bias.copy_(quantile_step(histogram_EM, self.config.top_k))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings and output
-
-
-MLP_INITS = ("gpt2", "switch", "switch_fc")
-
-
-@dataclass
-class GPTConfig(MoESettings):
-    """Settings of the model, those of its experts (moe.py) included.
-
-    Raises ValueError, naming the field, for values that no model can have.
-    """
-
-    # shape
-    block_size: Positive = 1024  # Positions
-    vocab_size: Positive = 50304  # Vocabulary size: GPT-2's 50257 padded to a multiple of 64
-    n_layer: Positive = 12  # Transformer blocks
-    n_head: Positive = 12  # Attention heads per block
-    n_embd: Positive = 768  # Width
-    dropout: Fraction = 0.0  # Dropout rate: 0 for pretraining, 0.1 and more for finetuning
-    bias: bool = True  # Biases in Linears, LayerNorms and experts, as in GPT-2
-    mlp_init: Literal[MLP_INITS] = "gpt2"  # All MLPs, dense and experts; switch_fc: their first product alone
-    mlp_init_scale: FiniteAboveZero = 1.0  # Scale of mlp_init switch and switch_fc; the paper recommends 0.1
-    qk_norm: bool = False  # RMS norm of queries and keys per head
-    output_z_loss_weight: Rate = 0.0  # Weight of the mean squared logsumexp of the output logits
-
-    def __post_init__(self):
-        if self.balance_scope == "global":
-            raise ValueError("balance_scope global is called step now, and counts over the micro-batches of a step too")
-        if bad := find_bad_setting(self):
-            raise ValueError(f"{bad[0]} {bad[1]}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.mlp_init == "gpt2" and self.mlp_init_scale != 1.0:
-            raise ValueError("mlp_init_scale is the scale of mlp_init switch: set that too")
-        if self.n_exp > 1:
-            self.check_experts()
-        elif width := self.expert_hidden or self.shared_expert_hidden:
-            name = "expert_hidden" if self.expert_hidden else "shared_expert_hidden"
-            raise ValueError(f"{name} {width} needs experts: set n_exp too, or leave it out")
-
-
-MODEL_FIELDS = tuple(field.name for field in dataclasses.fields(GPTConfig))
-
-
-class Output(NamedTuple):
-    loss: torch.Tensor | None  # scalar, the optimised one: ce_loss + weighted router losses
-    ce_loss: torch.Tensor | None  # scalar, nats per token; (B, S) with reduction="none"
-    losses: dict  # {name: scalar} of the router losses that are on, unweighted, summed over MoE layers
-    logits: torch.Tensor | None  # (B, S, V) when there are no targets, else None
-
-    @property
-    def aux_loss(self):
-        return self.losses.get("aux_loss", torch.zeros(()))
-
-    @property
-    def z_loss(self):
-        return self.losses.get("z_loss", torch.zeros(()))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
+# The transformer
 
 
 class CausalSelfAttention(nn.Module):
@@ -515,28 +518,21 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, attn_mask=None, cache=None):
         B, S, D = x.shape
-        q, k, v = (
-            part.view(B, S, self.n_head, D // self.n_head).transpose(1, 2)  # (B, n_head, S, head width)
-            for part in self.c_attn(x).split(D, dim=2)
-        )
-        if self.qk_norm:  # without weights (2302.05442 has them)
-            q, k = (F.rms_norm(part, part.shape[-1:]).to(v.dtype) for part in (q, k))  # float32 under CUDA's autocast
+        heads = [part.view(B, S, self.n_head, D // self.n_head) for part in self.c_attn(x).split(D, dim=2)]
+        q, k, v = (part.transpose(1, 2) for part in heads)  # (B, n_head, S, head width)
+        if self.qk_norm:  # without weights (2302.05442 has them); float32 under CUDA's autocast, hence the cast
+            q, k = (F.rms_norm(part, part.shape[-1:]).to(v.dtype) for part in (q, k))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dtype = q.dtype
         # On the CPU the bf16 backward has a fixed cost per head: short rows are faster in float32.
         if x.device.type == "cpu" and dtype == torch.bfloat16 and k.shape[2] <= 128 and torch.is_grad_enabled():
             q, k, v = q.float(), k.float(), v.float()
+        dropout = self.dropout if self.training else 0.0
+        causal = attn_mask is None and k.shape[2] == S
         with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask, dropout_p=self.dropout if self.training else 0.0,
-                is_causal=attn_mask is None and k.shape[2] == S,
-            )  # fmt: skip
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout, is_causal=causal)
         return self.resid_dropout(self.c_proj(y.to(dtype).transpose(1, 2).reshape(B, S, D)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The transformer
 
 
 class Block(nn.Module):
@@ -557,11 +553,25 @@ class Block(nn.Module):
         return x + y, losses
 
 
+class Output(NamedTuple):
+    loss: torch.Tensor | None  # scalar, the optimised one: ce_loss + weighted router losses
+    ce_loss: torch.Tensor | None  # scalar, nats per token; (B, S) with reduction="none"
+    losses: dict  # {name: scalar} of the router losses that are on, unweighted, summed over MoE layers
+    logits: torch.Tensor | None  # (B, S, V) when there are no targets, else None
+
+    @property
+    def aux_loss(self):
+        return self.losses.get("aux_loss", torch.zeros(()))
+
+    @property
+    def z_loss(self):
+        return self.losses.get("z_loss", torch.zeros(()))
+
+
 class GPT(nn.Module):
     """`GPT(config)` draws its weights from `generator`, or from torch's default one."""
 
     cross_entropy = staticmethod(linear_cross_entropy)
-    cross_entropy_with_z_loss = staticmethod(linear_cross_entropy_with_z_loss)
 
     def __init__(self, config: GPTConfig, generator: torch.Generator | None = None):
         super().__init__()
@@ -573,30 +583,25 @@ class GPT(nn.Module):
             )
         self.config = config
         with torch.random.fork_rng(devices=[]):  # torch's modules draw weights when made; init_weights draws again
-            self.build(config)
-        if not self.lm_head.weight.is_meta:
-            self.init_weights(generator)
-
-    def build(self, config):
-        self.transformer = nn.ModuleDict(
-            {
+            self.transformer = nn.ModuleDict({
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            })
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight
-        if config.balance_scope == "step":  # per MoE layer, of the step so far on all ranks: choices per expert, tokens
-            counts = torch.zeros(len(self.moe_layers()), config.n_exp + 1, dtype=torch.int64)
-            self.register_buffer("so_far", counts, persistent=False)
+        if not self.lm_head.weight.is_meta:
+            self.init_weights(generator)
 
     @torch.no_grad()
     def init_weights(self, generator=None):
         """GPT-2's initialisation; Switch's (page 10) for the weights that switch_init_scale() names."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # two residual additions a block
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)  # two residual additions per block
+        normal = (
+            "wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight", "experts.c_fc", "w_g.weight", "w_noise.weight",
+        )
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -608,8 +613,7 @@ class GPT(nn.Module):
                 nn.init.trunc_normal_(p, std=std, a=-2 * std, b=2 * std, generator=generator)
             elif name.endswith(("c_proj.weight", "experts.c_proj")):
                 nn.init.normal_(p, std=residual_std, generator=generator)
-            elif name.endswith(("wte.weight", "wpe.weight", "c_attn.weight", "c_fc.weight", "experts.c_fc",
-                                "w_g.weight", "w_noise.weight")):  # fmt: skip
+            elif name.endswith(normal):
                 nn.init.normal_(p, std=0.02, generator=generator)
             else:
                 raise RuntimeError(f"no initialisation for {name}")
@@ -617,15 +621,12 @@ class GPT(nn.Module):
     def switch_init_scale(self, name):
         """Scale of Switch's initialisation for this weight; None where GPT-2's is due.
 
-        mlp_init: every MLP, dense and experts alike; with switch_fc their first product alone, as the published code
-        does, which overwrites the residual projections. use_switch_tfm_init: routers and experts, as the paper does.
+        mlp_init: every MLP, dense and experts alike. use_switch_tfm_init: routers and experts, as the paper does.
         """
-        config = self.config
-        of_mlp = ".mlp." in name and ".router." not in name
-        if of_mlp and (config.mlp_init == "switch" or (config.mlp_init == "switch_fc" and ".c_fc" in name)):
-            return config.mlp_init_scale
-        if config.use_switch_tfm_init and (".router." in name or ".experts." in name):
-            return config.switch_tfm_init_scale
+        if self.config.mlp_init == "switch" and ".mlp." in name and ".router." not in name:
+            return 1.0
+        if self.config.use_switch_tfm_init and (".router." in name or ".experts." in name):
+            return self.config.switch_tfm_init_scale
         return None
 
     def forward(self, idx, targets=None, reduction="mean", dropless=False):
@@ -633,17 +634,11 @@ class GPT(nn.Module):
         h, losses = self.run_blocks(idx, dropless=dropless)
         if targets is None:
             return Output(None, None, losses, self.lm_head(h))
-        h = h.to(compute_dtype(h))
-        h, weight, z_weight = h.flatten(0, 1), self.lm_head.weight, self.config.output_z_loss_weight
-        if z_weight and reduction == "mean" and torch.is_grad_enabled():
-            loss, ce, z_loss = self.cross_entropy_with_z_loss(h, weight, targets.flatten(), z_weight)
-        else:
-            ce = self.cross_entropy(h, weight, targets.flatten(), reduction)
-            loss = ce if reduction == "mean" else ce.sum() / (targets >= 0).sum()
+        h = h.to(compute_dtype(h)).flatten(0, 1)
+        ce = self.cross_entropy(h, self.lm_head.weight, targets.flatten(), reduction)
+        loss = ce if reduction == "mean" else ce.sum() / (targets >= 0).sum()
         for name, value in losses.items():
             loss = loss + getattr(self.config, ROUTER_LOSSES[name].weight) * value
-        if z_weight and reduction == "mean" and torch.is_grad_enabled():
-            losses = losses | {"output_z_loss": z_loss}
         return Output(loss, ce if reduction == "mean" else ce.view(targets.shape), losses, None)
 
     def hidden_states(self, idx, positions=None, attn_mask=None, cache=None, dropless=False):
@@ -667,82 +662,25 @@ class GPT(nn.Module):
         for block in self.transformer.h:
             x, of_layer = block(x, attn_mask, cache, dropless)
             for name, value in of_layer.items():
-                losses.setdefault(name, []).append(value)
+                losses[name] = losses.get(name, 0) + value
         if cache is not None:
             cache.length += S
-        if "aux_loss" in losses and self.config.balance_scope == "step" and self.training:
-            losses["aux_loss"] = losses_in_step(self.so_far, losses["aux_loss"], idx.numel())
-        return self.transformer.ln_f(x), {name: sum(of_layers) for name, of_layers in losses.items()}
+        return self.transformer.ln_f(x), losses
 
     def new_cache(self, batch_size):
         """An empty KVCache for `batch_size` sequences, in the type the attention runs in."""
         weight = self.lm_head.weight
         return KVCache(self.config, batch_size, weight.device, compute_dtype(weight))
 
-    # -- for the training loop
-
-    def recompute(self, part):
-        """Backward computes this part of the model again, with the same random numbers, instead of keeping what forward
-        made there: "experts" (the routed ones, from dispatch to combine), "blocks", or "none"."""
-        for block in self.transformer.h:
-            if part == "blocks":
-                block.forward = computed_again(block.forward)
-            elif part == "experts" and block.is_moe:
-                block.mlp.mix = computed_again(block.mlp.mix)
-
     def moe_layers(self):
         """(layer number, MoE) of each MoE layer."""
         return [(layer, block.mlp) for layer, block in enumerate(self.transformer.h) if block.is_moe]
 
-    MAX_LOGIT, COUNTS = MoE.MAX_LOGIT, MoE.COUNTS  # columns of router_table
-
-    def router_table(self):
-        """Of the last forward, dropless ones apart, on the device: a row per MoE layer (the statistics of MoE.record,
-        then the choices per expert and, with quantile balancing, the histograms of margins), float32."""
-        layers = [moe for _, moe in self.moe_layers()]
-        histograms = [[moe.margins.flatten()] if self.config.use_quantile_balance else [] for moe in layers]
-        return torch.stack(
-            [torch.cat([moe.stats, moe.count, *more]) for moe, more in zip(layers, histograms, strict=True)]
-        )
-
-    def router_stats(self, table=None):
-        """A dict per MoE layer, of the last forward or of a table: layer, load (fraction of choices per expert, sums
-        to 1), drop_frac (of choices), entropy (nats, mean over tokens, of the softmax over all experts), max_logit
-        (largest |logit|), logit_std and noise_std (over experts, of clean logits and noise), max_vio (Wang 2024: max
-        load / mean load - 1). Waits for the device."""
-        layers = [layer for layer, _ in self.moe_layers()]
-        if not layers:
-            return []
-        stats = []
-        table = (self.router_table() if table is None else table)[:, : self.COUNTS + self.config.n_exp]
-        for layer, row in zip(layers, table.tolist(), strict=True):
-            (drop, entropy, logit, *variances), counts = row[: self.COUNTS], row[self.COUNTS :]
-            load = [count / max(1, sum(counts)) for count in counts]
-            logit_std, noise_std = (variance**0.5 for variance in variances)
-            stats.append({"layer": layer, "load": load, "drop_frac": drop, "entropy": entropy, "max_logit": logit,
-                          "logit_std": logit_std, "noise_std": noise_std,
-                          "max_vio": max(load) * len(load) - 1})  # fmt: skip
-        return stats
-
-    @torch.no_grad()
-    def update_balance_bias(self, table):
-        """Move the selection biases, if there are any.
-
-        Once per step, with a router_table whose counts are summed over the micro-batches and ranks of the step.
-        """
-        config = self.config
-        for (_, moe), row in zip(self.moe_layers(), table, strict=True):
-            count_E, histogram = row[self.COUNTS :].split([config.n_exp, len(row) - self.COUNTS - config.n_exp])
-            bias_E = moe.router.balance_bias if moe.router.biased else None
-            if config.use_bias_balance:
-                bias_E.copy_(sign_step(bias_E, count_E, config.bias_balance_rate))
-            elif config.use_quantile_balance:
-                bias_E.copy_(quantile_step(histogram.view(config.n_exp, -1), config.top_k))
-
     def start_step(self):
-        """Forget what the micro-batches of the last step have counted; a skipped step leaves nothing behind."""
+        """Forget what the micro-batches of the last step have counted (balance_scope step)."""
         if self.config.balance_scope == "step":
-            self.so_far.zero_()
+            for _, moe in self.moe_layers():
+                moe.so_far.zero_()
 
     def num_params(self):
         """Parameters without the position embeddings, as nanoGPT counts; the tied output projection counts once."""
@@ -756,29 +694,3 @@ class GPT(nn.Module):
     def estimate_flops_per_token(self, T):
         """Training FLOPs per token, forward and backward, at sequence length T: PaLM (2204.02311) appendix B."""
         return 6 * self.num_active_params() + 12 * self.config.n_layer * self.config.n_embd * T
-
-    def optimizer_groups(self, weight_decay, router_weight_decay=None, router_lr_scale=1.0):
-        """Groups of parameters: weights of products and embeddings are decayed, biases (the experts' too) and norms are
-        not; the router's weights are a group of their own where they differ in decay or rate."""
-        apart = (router_weight_decay, router_lr_scale) != (None, 1.0)
-        params = {"decayed": [], "plain": [], "router": []}
-        for name, p in self.named_parameters():
-            plain = name.endswith("bias") or ".ln_" in name
-            params["plain" if plain else "router" if apart and ".router." in name else "decayed"].append(p)
-        router_decay = weight_decay if router_weight_decay is None else router_weight_decay
-        groups = [
-            {"params": params["decayed"], "weight_decay": weight_decay, "lr_scale": 1.0},
-            {"params": params["plain"], "weight_decay": 0.0, "lr_scale": 1.0},
-            {"params": params["router"], "weight_decay": router_decay, "lr_scale": router_lr_scale},
-        ]
-        return [group for group in groups if group["params"]]
-
-
-def computed_again(function):
-    """`function`, with torch's activation checkpointing where there are gradients."""
-
-    def call(*args):
-        again = torch.is_grad_enabled()
-        return checkpoint(function, *args, use_reentrant=False) if again else function(*args)
-
-    return call

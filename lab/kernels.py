@@ -40,8 +40,7 @@ LOGITS_PER_CHUNK = {"cpu": 2**23 - 2**10, "cuda": 2**27}
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of the logits `h @ weight.T`, and its gradients, a chunk of rows at a time; with z_weight also
-    the mean squared logsumexp, so weighted. Returns (their sum, cross-entropy, mean squared logsumexp).
+    """Mean cross-entropy of the logits `h @ weight.T`, and its gradients, a chunk of rows at a time.
 
     The forward pass computes the gradients too: a chunk's softmax gives the gradient of its logits, both products of
     the backward pass follow, and the chunk is freed. The full logits (N, V) never exist, and nothing is computed twice.
@@ -50,28 +49,23 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, chunk_rows, z_weight):
+    def forward(ctx, h, weight, targets, chunk_rows):
         w = weight.to(h.dtype)
         count = (targets >= 0).sum()
-        total = z_total = at_least_float32(h.new_zeros(()))
+        total = at_least_float32(h.new_zeros(()))
         grad_h, grad_w = [], torch.zeros_like(weight)
         for h_c, targets_c in zip(h.split(chunk_rows), targets.split(chunk_rows), strict=True):
             logits = at_least_float32(h_c @ w.t())
-            first = logits[:, :1].clone() if z_weight else None
             logp = torch.log_softmax(logits, dim=-1)
             del logits
             index, valid = targets_c.clamp(min=0)[:, None], (targets_c >= 0).to(logp.dtype)[:, None]
             total = total - (logp.gather(1, index) * valid).sum()
-            scale = valid = valid / count
-            if z_weight:
-                logsumexp = first - logp[:, :1]
-                z_total = z_total + (logsumexp.square() * valid).sum()
-                scale = valid * (1 + 2 * z_weight * logsumexp)
+            valid = valid / count
             if torch.compiler.is_compiling():  # a scatter would be a kernel of its own, with the gradient in float32
                 hot = torch.arange(len(w), device=h.device) == index
-                grad = (logp.exp() * scale - torch.where(hot, valid, 0.0)).to(h.dtype)
+                grad = (logp.exp() * valid - torch.where(hot, valid, 0.0)).to(h.dtype)
             else:
-                grad = logp.exp_().mul_(scale).scatter_add_(1, index, -valid).to(h.dtype)
+                grad = logp.exp_().mul_(valid).scatter_add_(1, index, -valid).to(h.dtype)
             grad_h.append(grad @ w)
             if grad.dtype == grad_w.dtype:
                 grad_w.addmm_(grad.t(), h_c)
@@ -79,16 +73,13 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_w += grad.t() @ h_c
             del logp, grad  # otherwise this chunk is held while the next one is computed
         ctx.save_for_backward(torch.cat(grad_h), grad_w)
-        ce = total / count
-        loss = ce + z_weight * z_total if z_weight else ce.clone()
-        ctx.mark_non_differentiable(ce, z_total)
-        return loss, ce, z_total
+        return total / count
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, *_):
+    def backward(ctx, grad_loss):
         grad_h, grad_w = ctx.saved_tensors
-        return (grad_h * grad_loss).to(grad_h.dtype), grad_w * grad_loss, None, None, None
+        return (grad_h * grad_loss).to(grad_h.dtype), grad_w * grad_loss, None, None
 
 
 def linear_cross_entropy(h, weight, targets, reduction="mean"):
@@ -99,7 +90,7 @@ def linear_cross_entropy(h, weight, targets, reduction="mean"):
     """
     rows = chunk_rows(h, weight)
     if reduction == "mean" and torch.is_grad_enabled():
-        return LinearCrossEntropy.apply(h, weight, targets, rows, 0.0)[0]
+        return LinearCrossEntropy.apply(h, weight, targets, rows)
     w = weight.to(h.dtype)
     pairs = zip(h.split(rows), targets.split(rows), strict=True)
     losses = torch.cat([
@@ -107,14 +98,6 @@ def linear_cross_entropy(h, weight, targets, reduction="mean"):
         for h_c, targets_c in pairs
     ])  # fmt: skip
     return losses if reduction == "none" else losses.sum() / (targets >= 0).sum()
-
-
-def linear_cross_entropy_with_z_loss(h, weight, targets, z_weight):
-    """(cross-entropy + z_weight * z-loss, cross-entropy, z-loss), scalars; the gradient goes through the first alone.
-
-    The z-loss is the mean squared logsumexp of the logits. Reference: `full_z_loss`.
-    """
-    return LinearCrossEntropy.apply(h, weight, targets, chunk_rows(h, weight), z_weight)
 
 
 def chunk_rows(h, weight):
