@@ -1,29 +1,27 @@
-"""Trains GPT-2 or one of its Mixture-of-Experts variants: `Args`, then the loop.
+"""Trains GPT-2 or one of its Mixture-of-Experts variants: `Args`, then the run in the order in which it happens.
 
     python train_single_gpu.py --n_exp 1                               # dense GPT-2 124M on one GPU (or mps, or CPU)
     python train_single_gpu.py --use_aux_loss                          # MoE, top 2 of 8, with a load-balance loss
-    python train_single_gpu.py --use_aux_loss --resume auto            # continue a killed run
+    python train_single_gpu.py --resume logs/RUN                       # continue a killed run: no other flag is needed
     torchrun --standalone --nproc_per_node=8 train_single_gpu.py       # the same global batch over 8 GPUs
     python train_single_gpu.py --eval_only --init_from gpt2            # train and val loss of GPT-2's weights
 
 A value logged at step s is measured after s updates, so the last evaluation is at max_steps. `val` and `hella` are of
-the cross-entropy alone; the router losses have streams of their own (runlog.py has the format).
+the cross-entropy alone; the router losses have streams of their own (docs/measuring.md).
 
 Randomness: weights come from a generator seeded with `seed`; noise and dropout of micro-batch m of step s from one
 seeded with (seed, s, m), whichever rank runs it; the order of the data from `data_seed`; samples from a generator of
 their own. So the random state of a run is (seed, step): resuming, another number of ranks and any amount of evaluation
-or sampling in between draw the same numbers. On CUDA sums by atomics may differ in the last digits, and compiled code
-draws noise and dropout per graph: others with --use_compile off, --recompute blocks, or several ranks for one.
+in between draw the same numbers. On CUDA compiled code draws noise and dropout per graph, so other numbers than eager.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import math
 import time
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from lab import common  # before torch
 from lab.common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, Seed, UserError
@@ -34,219 +32,213 @@ import torch
 import torch.distributed as dist
 
 import hellaswag
-import identity
-import logger
-import runlog
 import sample
-from checks import check_args, check_model, model_config
-from identity import Changeable, Uncounted
-from lab import checkpoint, optim
-from lab.data import DataLoader
+import weights
+from lab import checkpoint, devices, optim, runs
+from lab.data import DataLoader, fingerprint
 from lab.tokenizer import get_tokenizer, token_bytes
-from model import GPT, MODEL_FIELDS, GPTConfig
+from model import GPT, GPTConfig, RouterStats
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings. Edit them here, or override them on the command line.
+# Settings. Edit them here, with or without their type, or override them on the command line.
 
 
-@dataclass
+@common.settings
 class Args(GPTConfig):
-    """Settings of a training run: those below, and every setting of the model (GPTConfig in model.py
-    and MoESettings in moe.py).
+    """Settings of a training run, and every setting of the model (GPTConfig in model.py). To change one of the model's,
+    write it here: `top_k = 1`. Of the mixture of experts there are
 
-    To change a default of the model or of its mixture of experts (top_k, stride, gate, use_aux_loss, use_noisy_top_k,
-    train_capacity, ...), write the field here with its new value, as n_exp does. `Changeable` settings may change when
-    a run is resumed; `Uncounted` ones cannot change its numbers; all others make it another run (identity.py).
+    n_exp top_k stride first_dense expert_hidden n_shared_exp gate gate_scale use_noisy_top_k noise_scale
+    router_use_full_prec freeze_router use_aux_loss aux_loss_weight balance_scope use_router_z_loss router_z_loss_weight
+    z_loss_on use_bias_balance bias_balance_rate use_quantile_balance use_switch_tfm_init switch_tfm_init_scale
+    train_capacity eval_capacity min_capacity
     """
 
     n_exp: Positive = 8  # Experts per MoE layer; 1 is the dense model
-    block_size: Positive | None = None  # Positions of the model (default: T, or those of --init_from)
+    block_size: Positive | None = None  # Positions of the model (default: T, or those of init_from)
 
     # the run
-    name: Uncounted[str] = ""  # Name of the run (default: from its settings, e.g. moe_aux_loss)
-    run_id: Uncounted[str] = ""  # Tells runs of one name apart (default: today, YYYYMMDD)
+    name: str = ""  # Name of the run (default: moe or no_moe, and the time of the start)
     seed: Seed = 1337  # Seed for weights, router noise and dropout
-    resume: Uncounted[str] = ""  # auto: continue from the newest checkpoint of this run; or the path of a checkpoint
-    init_from: str = "scratch"  # Or a checkpoint, a Hugging Face folder, gpt2, gpt2-medium, gpt2-large, gpt2-xl
-    eval_only: Uncounted[bool] = False  # Print train and val loss of the model as it is, and stop
+    resume: str = ""  # Folder of the run to continue; auto: that of this name and seed, if it has a checkpoint
+    branch: str = ""  # Run folder or checkpoint from whose settings and state a new run goes on
+    init_from: str = "scratch"  # Weights: a run folder, checkpoint, Hugging Face folder, gpt2, gpt2-medium, -large, -xl
+    eval_only: bool = False  # Print train and val loss of the model as it is, and stop
+    logs_dir: str = "logs"  # Folder of the run folders {name}_seed_{seed}
+    tracker: str = ""  # Log to this module too: wandb, trackio, swanlab
+    yes: bool = False  # Start although the run would take more than a day on a CPU
 
     # data
-    data_root: Uncounted[str] = "edu_fineweb10B"  # Folder of token shards, made by fineweb.py
+    data_root: str = "edu_fineweb10B"  # Folder of token shards, made by fineweb.py
     data_seed: Seed = 1337  # Seed for the order of the data: the same for every variant and seed
-    total_batch_size: Changeable[Positive] = 524_288  # Tokens per step, over micro-batches and ranks
-    B: Changeable[Positive] = 16  # Sequences per micro-batch
+    total_batch_size: Positive = 524_288  # Tokens per step, over micro-batches and ranks
+    B: Positive = 16  # Sequences per micro-batch
     T: Positive = 1024  # Tokens per sequence
 
     # optimization
-    max_steps: Changeable[Positive] = 190_730  # Steps: 100B tokens at the default batch
+    max_steps: Positive = 190_730  # Steps: 100B tokens at the default batch
+    stop_after: Positive | None = None  # Steps after which to stop, without a change to the schedule (default: none)
+    max_minutes: FiniteAboveZero | None = None  # Minutes of training at which a run ends, and its schedule
     max_lr: Rate = 6e-4  # Peak learning rate
     min_lr: Rate | None = None  # Learning rate at max_steps (default: a tenth of max_lr)
     warmup_steps: NotNegative = 2000  # Steps of linear warmup
     schedule: Literal["cosine", "wsd"] = "cosine"  # Learning rate after the warmup; wsd: constant, then 1 - sqrt
     decay_steps: Positive | None = None  # Steps of the decay of wsd (default: a fifth of max_steps)
-    max_minutes: Changeable[FiniteAboveZero | None] = None  # Minutes of training at which a run ends; sets the schedule
-    optimizer: Literal["adamw", "muon", "adafactor"] = "adamw"  # muon: hidden matrices; adafactor: rates by weight size
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices
     muon_lr: FiniteAboveZero = 0.02  # Peak learning rate of Muon's matrices; all other weights have max_lr
     router_lr_scale: FiniteAboveZero = 1.0  # Factor on the router's learning rate
     router_weight_decay: Rate | None = None  # Decay of the router's weights (default: weight_decay)
-    weight_decay: Changeable[Rate] = 0.1  # Decay of weights, not of biases and norms
-    beta1: Changeable[Fraction] = 0.9  # First moment of AdamW
-    beta2: Changeable[Fraction] = 0.95  # Second moment of AdamW
-    grad_clip: Changeable[AboveZero] = 1.0  # Largest gradient norm; inf does not clip
-    on_nonfinite: Changeable[Literal["stop", "skip"]] = "stop"  # A non-finite step ends the run, or is skipped
+    weight_decay: Rate = 0.1  # Decay of weights, not of biases and norms
+    beta1: Fraction = 0.9  # First moment of AdamW
+    beta2: Fraction = 0.95  # Second moment of AdamW
+    grad_clip: AboveZero = 1.0  # Largest gradient norm; inf does not clip
 
-    # evaluation, samples, log
-    val_loss_every: Changeable[NotNegative] = 250  # Steps between validations; 0: never
-    val_loss_steps: Changeable[Positive] = 20  # Micro-batches of B x T per validation, shared by the ranks
-    hellaswag_every: Changeable[NotNegative | None] = None  # Steps between HellaSwag runs (default: with val); 0: never
-    hellaswag_data: Changeable[str] = ""  # HellaSwag jsonl (default: data/hellaswag, downloaded when missing)
-    hellaswag_limit: Changeable[Positive | None] = None  # Examples (default: all 10,042; 200 on a CPU)
-    sample_from_model_every: Uncounted[NotNegative] = 250  # Steps between samples; 0: never
-    sample_prompt: Uncounted[str] = "Hello, I'm a language model,"  # Prompt of the samples; may be empty
-    logs_dir: Uncounted[str] = "logs"  # Folder of log_{name}_{run_id}_seed_{seed}.txt
-    progress: Uncounted[Literal["auto", "bar", "lines"]] = "auto"  # auto: a bar in a terminal, else a line per step
-    wandb: Uncounted[bool] = False  # Log to Weights & Biases too (WANDB_MODE=offline works)
-    wandb_project: Uncounted[str] = "moe-lab"  # Weights & Biases project
+    # evaluation and samples
+    val_loss_every: NotNegative = 250  # Steps between validations; 0: never
+    val_tokens: Positive = 327_680  # Tokens per validation, the first of the val split, whatever B, T and ranks are
+    hellaswag_every: NotNegative | None = None  # Steps between HellaSwag runs (default: with val); 0: never
+    hellaswag_data: str = ""  # HellaSwag jsonl (default: data/hellaswag, downloaded when missing)
+    hellaswag_limit: Positive | None = None  # Examples (default: all 10,042; 200 on a CPU)
+    sample_from_model_every: NotNegative = 250  # Steps between samples; 0: never
+    sample_prompt: str = "Hello, I'm a language model,"  # Prompt of the samples; may be empty
 
     # checkpoints
-    save_checkpoint: Uncounted[bool] = True  # Write checkpoints
-    save_checkpoint_every: Uncounted[Positive] = 10_000  # Steps between checkpoints; also at the end and when stopped
-    save_checkpoint_minutes: Uncounted[Rate] = 30.0  # Minutes after which one is due all the same; 0: never
-    checkpoint_dir: Uncounted[str] = "checkpoints"  # Folder of {name}_{run_id}_seed_{seed}/step_{step}.pt
-    keep_checkpoints: Uncounted[Positive] = 3  # Newest checkpoints to keep
+    save_checkpoint: bool = True  # Write checkpoints
+    save_checkpoint_every: Positive = 10_000  # Steps between checkpoints; also at the end and when stopped
+    checkpoint_dir: str = ""  # Folder of {name}_seed_{seed} (default: the run's folder)
+    keep_checkpoints: Positive = 3  # Newest checkpoints to keep
+    keep_best: bool = False  # Keep the checkpoint of the best val too, in the folder best
 
     # machine
-    device: Uncounted[str] = "auto"  # cuda, mps or cpu (default: the first available)
-    dtype: Changeable[Literal["auto", "float32", "bfloat16"]] = "auto"  # Matrix products; auto: bfloat16 on cuda
-    use_compile: Uncounted[bool] = True  # torch.compile, on cuda
-    compile_on_cpu: Uncounted[bool] = False  # torch.compile elsewhere too (slow to start, needs a C++ compiler)
-    recompute: Uncounted[Literal["none", "experts", "blocks"]] = "none"  # Activations computed again in backward
-    fsdp: Uncounted[bool] = False  # Shard parameters, gradients and optimizer over the ranks (torchrun)
-    dist_timeout: Uncounted[Positive] = 600  # Seconds until ranks that wait for a dead one stop
+    device: str = "auto"  # cuda, mps or cpu (default: the first available)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Matrix products; auto: bfloat16 on CUDA that computes it
+    use_compile: bool = True  # torch.compile, on CUDA
+    compile_on_cpu: bool = False  # torch.compile on a CPU too (slow to start, needs a C++ compiler)
+    recompute: Literal["none", "blocks"] = "none"  # Compute blocks again in backward, to save memory
+    fsdp: bool = False  # Shard parameters, gradients and optimizer over the ranks (torchrun)
+    dist_timeout: Positive = 600  # Seconds until ranks that wait for a dead one stop
 
     def __post_init__(self):
-        """Checked by check_args() in checks.py, which names flags."""
+        """Settings that contradict each other; ranges are checked by common.parse, the model's own by GPTConfig."""
+        per_micro_step = self.B * self.T * devices.world()[1]
+        if self.total_batch_size % per_micro_step:
+            nearest = max(1, round(self.total_batch_size / per_micro_step)) * per_micro_step
+            raise ValueError(
+                f"total_batch_size {self.total_batch_size} is not a multiple of B x T x ranks = {per_micro_step}; "
+                f"the nearest is --total_batch_size {nearest}"
+            )
+        if self.block_size is not None and self.block_size < self.T:
+            raise ValueError(f"T {self.T} is more than block_size {self.block_size}: lower it")
+        if self.fsdp and (devices.world()[1] == 1 or self.optimizer != "adamw"):
+            raise ValueError("fsdp shards AdamW over ranks: start with torchrun --nproc_per_node=N, --optimizer adamw")
+        if self.optimizer == "muon" and not self.max_lr:
+            raise ValueError("max_lr must be above 0 for muon: the schedule is relative to it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# The run
 
 
-@dataclass
-class Run:
-    """All that a run holds, made once by set_up()."""
-
-    args: Args
-    machine: common.Machine
-    raw_model: GPT  # the bare model
-    model: torch.nn.Module  # the trained one: compiled and, over several ranks, wrapped; it shares raw_model's tensors
-    optimizer: torch.optim.Optimizer
-    loader: DataLoader
-    val_loader: DataLoader
-    tokenizer: object
-    examples: list | None  # HellaSwag's, tokenised
-    progress: "Progress"
-    record: dict  # settings, identity and machine: the JSON beside the log, and in every checkpoint
-    log: logger.Log
-    console: logger.Console
-    saver: checkpoint.BackgroundSaver
-    folder: Path  # of the checkpoints
-    stop: common.Stop
-    first_step: int  # at which this process started or resumed
-    compiled: bool
-    saved_at: float = dataclasses.field(default_factory=time.monotonic)  # time of the last checkpoint
-
-
-@dataclass
-class Progress:
-    """How far the run is. Saved with every checkpoint."""
-
-    step: int = 0  # updates done
-    hours: float = 0.0  # of training steps alone
-    clock: float = 0.0  # the hours that the ranks have agreed on, one step behind
-    skipped: int = 0  # steps dropped for a non-finite loss or gradient
-    skipped_in_a_row: int = 0
-    history: list = dataclasses.field(default_factory=list)  # the last train losses, for spikes
-    unlogged: dict = dataclasses.field(default_factory=dict)  # {step: streams} that a full disk kept out of the log
-
-
-MOST_SKIPPED_IN_A_ROW = 20  # more of them is a broken model, not a bad batch
-
-
-def train(run):
+def train(args, machine, run):
     """Train to max_steps. Returns the exit code."""
-    args, progress, late = run.args, run.progress, False
+    stop = common.Stop()  # SIGTERM, SIGINT, SIGHUP: finish the step, save, leave
+
+    # Data first: without it nothing is made. Then the run's folder, which may hold a checkpoint to continue from.
+    train_loader, val_loader = (make_loader(args, split, machine) for split in ("train", "val"))
+    args.name, resumed = devices.from_rank_0(machine, run.open)
+    raw_model = build_model(args, machine, resumed, train_loader)
+    optimizer = optim.build_optimizer(raw_model, args)
+    model = devices.parallelize(raw_model, args, machine)  # compiled, DDP or FSDP; shares raw_model's weights
+    step, hours, best = 0, 0.0, math.inf
+    if resumed:
+        checkpoint.restore(raw_model, optimizer, run.state, run.path)
+        train_loader.load_state_dict(resumed["loader"])
+        step, hours, best, run.state = resumed["step"], resumed["hours"], resumed["best"], True
+    tokenizer, examples = load_evaluations(args, machine, run, train_loader)
+    devices.from_rank_0(machine, start, run, args, machine, raw_model, train_loader, val_loader, step)
+    group = dist.new_group(backend="gloo") if args.fsdp else None  # of the threads that write sharded checkpoints
+    saver = checkpoint.BackgroundSaver(run.checkpoints, args.keep_checkpoints, group)
+    best_saver = checkpoint.BackgroundSaver(run.checkpoints / "best", 1, group)
+    compiled = devices.is_compiled(args, machine)
+    grad_accum = args.total_batch_size // (args.B * args.T * machine.world_size)
+    first_step = step
+
     while True:
-        step = progress.step
-        if step > run.first_step and (step % args.save_checkpoint_every == 0 or late):
-            save(run)
-        with torch.compiler.set_stance("force_eager") if run.compiled else contextlib.nullcontext():
-            evaluate(run)  # blocks are compiled for the shapes of training
-        if run.stop.requested and run.machine.world_size == 1:  # evaluation was cut short: it is due again on resume
-            return interrupt(run)
-        if optim.is_over(step, args, progress.clock):
-            return finish(run)
-        position, began = run.loader.state_dict(), time.perf_counter()
-        result = train_step(run)
-        if result is None:  # told to stop within the step: nothing of it is kept
-            run.loader.load_state_dict(position)
-            return interrupt(run)
-        if not result.applied and (args.on_nonfinite == "stop" or progress.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW):
-            logger.report_divergence(run, result, position)
+        last = optim.is_over(step, args, hours) or (args.stop_after and step >= args.stop_after)
+
+        # Evaluation, on raw_model because shapes vary. It draws nothing from the generators of training.
+        streams = {}
+        with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+            if due(step, args.val_loss_every, last):
+                streams |= validate(raw_model, val_loader, args, machine, stop)
+            if examples and due(step, args.hellaswag_every, last) and not stop.requested:
+                streams |= hellaswag.evaluate(raw_model, examples, machine)
+            is_best = streams.get("val", math.inf) < best
+            best = min(best, streams.get("val", math.inf))
+            if streams and not stop.requested:
+                run.log(step, streams)
+                shown = [f"{name} {streams[name]:.4f}" for name in runs.EVALUATIONS if name in streams]
+                run.say(f"step {step:6d} | {' | '.join(shown)}")
+            if step and due(step, args.sample_from_model_every, last) and not stop.requested:
+                say_samples(run, raw_model, tokenizer, args, machine, step)
+
+        # Checkpoint. Evaluation comes first and is repeated on resume, so that a resumed log equals one left alone.
+        stopping = stop.requested and machine.world_size == 1
+        if step > first_step and (last or stopping or step % args.save_checkpoint_every == 0):
+            save(saver, run, raw_model, optimizer, train_loader, step, hours, best)
+        if args.keep_best and is_best and step > first_step:
+            save(best_saver, run, raw_model, optimizer, train_loader, step, hours, best)
+        if last or stopping:
+            best_saver.wait()
+            return finish(saver, run, step, best, last)
+
+        # One step: gradients of grad_accum micro-batches. Losses and statistics stay on the device.
+        began, stats, losses = time.perf_counter(), RouterStats(raw_model), {}
+        raw_model.start_step()
+        for i in range(grad_accum):
+            x, y = train_loader.next_batch()
+            seed_noise(machine.device, args.seed, step, i * machine.world_size + machine.rank)
+            sync_gradients(model, args, machine, i == grad_accum - 1)
+            with machine.autocast():
+                out = model(x, y)
+            (out.loss / grad_accum).backward()
+            for name, value in {"train": out.ce_loss, **out.losses}.items():
+                losses[name] = losses.get(name, 0.0) + value.detach() / grad_accum
+            stats.add()
+        grad_norm = optim.clip_gradients(raw_model, args.grad_clip)
+
+        # One all-reduce and one transfer. Clock and norm are rank 0's, so that all ranks decide alike.
+        mine = torch.tensor([float(stop.requested or run.lost), hours * machine.is_main], device=machine.device)
+        sums = torch.stack([*losses.values(), grad_norm * machine.is_main])
+        sums, routers = stats.reduce(torch.cat([sums, mine]), machine.rank, machine.world_size)
+        *sums, grad_norm, stops, clock = sums
+        streams = {name: total / machine.world_size for name, total in zip(losses, sums, strict=True)}
+        if not all(map(math.isfinite, [*sums, grad_norm])):  # the last checkpoint stays as it is
+            run.log(step, {"train": streams["train"], "grad_norm": grad_norm, "diverged": 1})
+            run.say(f"diverged at step {step}: loss {streams['train']}, gradient norm {grad_norm}; lower --max_lr, or "
+                    f"raise --warmup_steps. The last checkpoint in {run.checkpoints} is kept.")
+            saver.wait()
             return common.DIVERGED
-        lr = optim.learning_rate(step, args, progress.clock)
-        logger.record_step(run, result, lr, time.perf_counter() - began)
-        progress.clock, late = result.clock, result.late
-        if result.stop:
-            return interrupt(run)
+        lr = optim.learning_rate(step, args, clock)
+        optim.set_learning_rate(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        stats.move_biases()
+
+        seconds = time.perf_counter() - began
+        if step > first_step or not compiled:  # the first step of a compiled model compiles it
+            hours += seconds / 3600
+        log_step(run, raw_model, step, streams | {"lr": lr, "grad_norm": grad_norm}, routers, seconds, hours)
+        step += 1
+        if stops and machine.world_size > 1:
+            save(saver, run, raw_model, optimizer, train_loader, step, hours, best)
+            return finish(saver, run, step, best, done=False)
+        stop.requested |= run.lost
 
 
-class StepResult(NamedTuple):
-    ce_loss: float  # nats per token, over the global batch
-    losses: dict  # {name: value} of the router losses, unweighted, summed over MoE layers
-    grad_norm: float  # before clipping
-    stop: bool  # some rank was told to stop
-    late: bool  # --save_checkpoint_minutes have passed since the last checkpoint
-    clock: float  # hours of training before this step, the longest of all ranks
-    applied: bool  # the update was made: loss and gradient were finite
-    router: list  # dicts, GPT.router_stats of the whole step
-
-
-def train_step(run):
-    """Forward and backward over this rank's micro-batches, clip, update. The host reads from the device after the
-    gradients alone: the update still runs while it prepares the next step.
-
-    None where a single process was told to stop between micro-batches.
-    """
-    args, machine, raw_model, step = run.args, run.machine, run.raw_model, run.progress.step
-    micro_steps = args.total_batch_size // (args.B * args.T * machine.world_size)
-    losses, tables = {}, []
-    raw_model.start_step()
-    for i in range(micro_steps):
-        if i and run.stop.requested and machine.world_size == 1:
-            run.optimizer.zero_grad(set_to_none=True)
-            return None
-        x, y = run.loader.next_batch()
-        sync_gradients(run, last=i == micro_steps - 1)
-        seed_noise(machine.device, args.seed, step, i * machine.world_size + machine.rank)
-        with machine.autocast():
-            out = run.model(x, y)
-        (out.loss / micro_steps).backward()
-        for name, value in {"ce_loss": out.ce_loss, **out.losses}.items():
-            losses[name] = losses.get(name, 0.0) + value.detach() / micro_steps
-        if raw_model.moe_layers():
-            tables.append(raw_model.router_table())
-    norm = optim.clip_gradients(raw_model, args.grad_clip)
-    optim.set_learning_rate(run.optimizer, optim.learning_rate(step, args, run.progress.clock))
-    flags = [run.stop.requested or run.log.error is not None, is_late(run), run.progress.hours]
-    losses, grad_norm, (stop, late, clock), table = collect(losses, norm, flags, tables, machine)
-    router = raw_model.router_stats(table)
-    applied = all(map(math.isfinite, losses.values())) and math.isfinite(grad_norm)
-    if applied:
-        run.optimizer.step()
-        raw_model.update_balance_bias(table)
-    run.optimizer.zero_grad(set_to_none=True)
-    return StepResult(losses.pop("ce_loss"), losses, grad_norm, stop > 0, late > 0, clock, applied, router)
+def due(step, every, last):
+    """Whether something that happens every so many steps is due now; all of it is at the end."""
+    return every > 0 and (step % every == 0 or last)
 
 
 def seed_noise(device, seed, step, micro_batch):
@@ -256,308 +248,259 @@ def seed_noise(device, seed, step, micro_batch):
     set_seed(int(np.random.SeedSequence([seed, step, micro_batch]).generate_state(1)[0]))
 
 
-def sync_gradients(run, last):
+def sync_gradients(model, args, machine, last):
     """Reduce gradients over the ranks in the last micro-batch of a step only."""
-    if run.args.fsdp:
-        run.model.set_requires_gradient_sync(last)
-    elif run.machine.world_size > 1:
-        run.model.require_backward_grad_sync = last  # DDP's no_sync() sets the same
-
-
-def collect(losses, norm, flags, tables, machine):
-    """Mean losses and router table over the micro-batches of all ranks, brought to the host; the largest of each flag.
-
-    Counts of choices are summed, and the largest logit is the largest of all.
-    """
-    means = torch.stack(list(losses.values()))
-    table = torch.stack(tables).sum(0) if tables else means.new_zeros(0, GPT.COUNTS)
-    most = torch.stack([t[:, GPT.MAX_LOGIT] for t in tables]).amax(0) if tables else means.new_zeros(0)
-    if machine.world_size > 1:
-        sums = torch.cat([means, table.flatten()])
-        most = torch.cat([most, means.new_tensor(flags, dtype=most.dtype)])
-        dist.all_reduce(sums)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        means, table = sums[: len(means)] / machine.world_size, sums[len(means) :].view(table.shape)
-        most, flags = most[: -len(flags)], most[-len(flags) :].tolist()
-    table[:, : GPT.COUNTS] /= max(1, len(tables) * machine.world_size)
-    table[:, GPT.MAX_LOGIT] = most
-    *means, norm = torch.cat([means, norm.reshape(1)]).tolist()
-    return dict(zip(losses, means, strict=True)), norm, flags, table
+    if args.fsdp:
+        model.set_requires_gradient_sync(last)
+    elif machine.world_size > 1:
+        model.require_backward_grad_sync = last  # DDP's no_sync() sets the same
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Evaluation and samples: neither touches the generator, the data position or the gradients of training
+# Before the loop: data, model, what is about to run
 
 
-def due(run, every):
-    """Whether something that happens every so many steps is due now; all of it is at the end."""
-    step = run.progress.step
-    return every > 0 and (step % every == 0 or optim.is_over(step, run.args, run.progress.clock))
+def make_loader(args, split, machine):
+    """Training batches of this rank, in an order by data_seed; or the val split, whose rows the ranks share out."""
+    ranks = {"rank": machine.rank, "world_size": machine.world_size} if split == "train" else {}
+    return DataLoader(args.data_root, split, args.B, args.T, args.data_seed, vocab_size=args.vocab_size,
+                      device=machine.device, **ranks)
 
 
-def evaluate(run):
-    """Validation, HellaSwag and samples, as far as they are due at this step."""
-    args, machine, model, step, streams = run.args, run.machine, run.raw_model, run.progress.step, {}
-    if due(run, args.val_loss_every):
-        found = validate(model, run.val_loader, args.val_loss_steps, machine, run.console, run.stop)
-        streams |= logger.val_streams(found) if found else {}
-    every = args.val_loss_every if args.hellaswag_every is None else args.hellaswag_every
-    if run.examples is not None and due(run, every):
-        rank, world_size = machine.eval_share
-        bar = run.console.as_bar and machine.is_main
-        result = hellaswag.evaluate(model, run.examples, machine.device, rank=rank, world_size=world_size, progress=bar)
-        streams |= {"hella": result.acc_norm, "hella_bpb": result.bpb}
-    if streams:
-        run.log.write(step, streams)
-        shown = [f"{name} {streams[name]:.4f}" for name in runlog.WHOLE if name in streams]
-        run.console.say(f"step {step:6d} | " + " | ".join(shown))
-    if due(run, args.sample_from_model_every) and step > 0:
-        try:
-            texts = sample.continue_prompt(model, run.tokenizer, args.sample_prompt, 4, 32, args.seed, machine)
-        except sample.BrokenModel as error:  # the next step says that the run diverged, or is skipped
-            texts = [f"none: {error}"]
-        for i, text in enumerate(texts):
-            run.console.say(f"step {step} sample {i}: {text!r}")
-
-
-class Validation(NamedTuple):
-    loss: float  # cross-entropy, nats per token
-    bpb: float  # the same in bits per byte of text; nan without any text
-    router: list  # dicts, GPT.router_stats of all batches; max_logit is a mean here
-
-
-@torch.no_grad()
-def validate(model, loader, steps, machine, console, stop=None):
-    """Validation, in eval mode, over the first `steps` batches of the loader's split. One transfer to the host.
-
-    None where a single process was told to stop.
-    """
-    was_training = model.training
-    model.eval()
-    layers, columns = len(model.moe_layers()), GPT.COUNTS + model.config.n_exp
-    lengths = torch.tensor(token_bytes(loader.tokenizer, loader.vocab_size), dtype=torch.float32, device=machine.device)
-    rows, (rank, world_size) = [], machine.eval_share
-    for i in console.bar_over(range(rank, steps, world_size), loader.split):
-        if stop and stop.requested and machine.world_size == 1:
-            model.train(was_training)
-            return None
-        x, y = loader.batch_at(i)
-        with machine.autocast():
-            loss = model(x, y).ce_loss
-        table = [model.router_table()[:, :columns].flatten()] if layers else []
-        rows.append(torch.cat([torch.stack([loss, lengths[y].sum(), torch.ones_like(loss)]), *table]))
-    model.train(was_training)
-    sums = torch.zeros(3 + layers * columns, dtype=torch.float64)
-    sums += torch.stack(rows).cpu().double().sum(0) if rows else 0
-    if machine.world_size > 1:
-        sums = sums.to(machine.device)
-        dist.all_reduce(sums)
-    (loss, n_bytes, batches), table = sums[:3].tolist(), sums[3:].view(layers, columns)
-    table[:, : GPT.COUNTS] /= batches
-    bits = loss / math.log(2) * loader.B * loader.T
-    return Validation(loss / batches, bits / n_bytes if n_bytes else math.nan, model.router_stats(table))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Saving and ending
-
-
-def is_late(run):
-    """Whether --save_checkpoint_minutes have passed since the last checkpoint."""
-    minutes = run.args.save_checkpoint_minutes
-    return minutes > 0 and time.monotonic() - run.saved_at > 60 * minutes
-
-
-def save(run):
-    """Write a checkpoint in the background. Every rank calls it."""
-    run.saved_at = time.monotonic()
-    if not run.args.save_checkpoint:
-        return
-    run.log.sync()  # a checkpoint must never be newer than the log that it continues
-    fields = {
-        "loader": run.loader.state_dict(),
-        "progress": dataclasses.asdict(run.progress),
-        "step": run.progress.step,
-        "args": dataclasses.asdict(run.args),
-        "config": dataclasses.asdict(run.raw_model.config),
-        "tokenizer": run.tokenizer.name,
-        "record": run.record,
-    }
-    path, on_cpu = checkpoint.step_path(run.folder, run.progress.step), run.machine.device.type == "cpu"
-    if run.args.fsdp:  # on the CPU a copy to write from would take the memory of training
-        run.saver.save_shards(run.raw_model, run.optimizer, fields, path, background=not on_cpu)
-        return
-    state = checkpoint.get_state(run.raw_model, run.optimizer)
-    if run.machine.is_main:
-        run.saver.save(state | fields, path)
-
-
-def last_save(run):
-    """The last checkpoint, waited for. UserError when it could not be written."""
-    if run.progress.step > run.first_step:  # a run that was finished already keeps its checkpoint
-        save(run)
-    if (error := run.saver.wait()) and run.args.save_checkpoint:
-        with common.same_on_every_rank():
-            problem = f"the last checkpoint could not be written to {run.folder} ({error})"
-            raise UserError(f"{problem}: free space, run again")
-    if run.log.error:
-        raise run.log.error
-
-
-def finish(run):
-    last_save(run)
-    run.console.say(f"done: {run.progress.step} steps, log in {run.log.path}")
-    if run.args.save_checkpoint:
-        run.console.say(f"checkpoint in {run.folder}; text from it: python sample.py --checkpoint {run.folder}")
-    return common.DONE
-
-
-def interrupt(run):
-    last_save(run)
-    kept = f"continue with --resume auto --run_id {run.args.run_id}" if run.args.save_checkpoint else "nothing is saved"
-    run.console.say(f"stopped after {run.progress.step} steps; {kept}")
-    return common.INTERRUPTED
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Setting up: names and identity, what to resume
-
-
-def set_up(args, machine, stem, log_path, folder, console):
-    """Build everything a run needs; on several ranks every step ends with all of them agreeing."""
-    stop, is_main = common.Stop(), machine.is_main
-    state = common.together(
-        lambda: identity.find_state(args, folder, log_path, console.say) if is_main else None, machine
-    )
-    brief = common.from_rank_0(state and {name: state[name] for name in identity.NEEDED}, machine)
-    settings, changes = common.together(
-        lambda: identity.settle(args, brief, stem, is_main and log_path, console.say), machine
-    )
-    raw_model = common.together(lambda: build_model(args, machine, brief), machine)
-    source = args.init_from if args.init_from != "scratch" and not brief else None
-    loader, val_loader = common.together(lambda: make_loaders(args, machine, raw_model, source), machine)
-    tokenizer = get_tokenizer(loader.tokenizer)
-    model = common.parallelize(raw_model, args, machine)
-    optimizer = optim.build_optimizer(raw_model, args)
-    progress = Progress(**brief["progress"]) if brief else Progress()
-    if brief:
-        common.together(lambda: checkpoint.set_state(raw_model, optimizer, state, folder), machine)
-        common.together(lambda: loader.load_state_dict(brief["loader"]), machine)
-    state = None
-    examples = hellaswag.load_for_training(
-        args.hellaswag_data, args.hellaswag_limit, tokenizer, args.hellaswag_every, machine, console.say
-    )
-    record = logger.describe_run(args, settings, raw_model, machine)
-    if brief and settings == brief["record"]["settings"]:  # the same run: as it began, and what has changed since
-        record = brief["record"] | {"changes": changes}
-    if args.save_checkpoint:
-        common.together(lambda: is_main and common.check_writable(folder, "--checkpoint_dir"), machine)
-        common.together(lambda: args.fsdp and common.check_shared(folder), machine)
-    log = common.together(lambda: logger.Log(args, machine, log_path, record, progress), machine)
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.dist_timeout)) if args.fsdp else None
-    saver = checkpoint.BackgroundSaver(args.keep_checkpoints, console.warn_of_disk, group)
-    run = Run(args, machine, raw_model, model, optimizer, loader, val_loader, tokenizer, examples, progress, record,
-              log, console, saver, folder, stop, progress.step, common.is_compiled(args, machine))  # fmt: skip
-    logger.print_header(run)
-    return run
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Model and data
-
-
-def build_model(args, machine, state):
+def build_model(args, machine, resumed, loader):
     """The bare model on its device: from scratch, from --init_from, or empty where a checkpoint follows."""
-    generator, weights = torch.Generator().manual_seed(args.seed), None
-    if state is not None:
-        config = checkpoint.config_of(state["config"], "the checkpoint")
+    generator = torch.Generator().manual_seed(args.seed)
+    names = [field.name for field in dataclasses.fields(GPTConfig)]
+    config = {name: getattr(args, name) for name in names} | {"block_size": args.block_size or args.T}
+    if resumed:
+        model = GPT(GPTConfig(**resumed["config"]), generator)
     elif args.init_from == "scratch":
-        config = model_config(args)
+        model = GPT(GPTConfig(**config), generator)
     else:
-        source, fields, weights, _ = checkpoint.read_source(args.init_from)
-        # as it is where it is only evaluated: a dense model is not made into a MoE
-        given = {} if args.eval_only else {name: getattr(args, name) for name in MODEL_FIELDS}
-        shape = [name for name in checkpoint.SHAPE if given.get(name) == getattr(Args, name)]
-        given = {name: value for name, value in given.items() if value is not None and name not in shape}
-        config = checkpoint.config_of(fields | given, source)
-    check_model(config, args, machine)
-    model = GPT(config, generator) if weights is None else checkpoint.upcycle(fields, weights, given, source, generator)
-    for name in checkpoint.SHAPE:  # as it is, for the record
-        setattr(args, name, getattr(model.config, name))
+        # What is at its default here is that of the weights; a dense model that is only evaluated stays dense.
+        changed = {name: getattr(args, name) for name in names if getattr(args, name) != getattr(Args, name)}
+        if not args.eval_only:
+            changed |= {name: config[name] for name in names if name not in weights.SHAPE}
+        model = weights.from_pretrained(args.init_from, generator, **changed)
+        theirs = weights.read_source(args.init_from)[3]
+        if theirs != loader.tokenizer:
+            raise UserError(f"{args.init_from} has {theirs} tokens, {args.data_root} has {loader.tokenizer} tokens")
+    if model.config.block_size < args.T:
+        raise UserError(f"--T {args.T} is more than the {model.config.block_size} positions of the model: lower --T")
     return model.to(machine.device)
 
 
-def make_loaders(args, machine, model, source=None):
-    """The training batches of this rank, and the validation split, whose batches the ranks share out. UserError for
-    tokens of another tokenizer than those of `source`, whose weights the model has."""
-    common_args = {"B": args.B, "T": args.T, "vocab_size": model.config.vocab_size, "device": machine.device}
-    ranks = {"rank": machine.rank, "world_size": machine.world_size}
-    loader = DataLoader(args.data_root, "train", data_seed=args.data_seed, **ranks, **common_args)
-    theirs = checkpoint.tokenizer_of(source) if source else loader.tokenizer
-    if theirs != loader.tokenizer:
-        have = f"{source} was trained on {theirs} tokens, {args.data_root} holds {loader.tokenizer} tokens"
-        raise UserError(f"{have}: make shards with fineweb.py --tokenizer {theirs}")
-    return loader, DataLoader(args.data_root, "val", **common_args)
+def load_evaluations(args, machine, run, loader):
+    """(tokenizer, HellaSwag's examples or None). Without a network a run goes on without HellaSwag, and says so."""
+    tokenizer = get_tokenizer(loader.tokenizer)
+    if args.hellaswag_every is None:
+        args.hellaswag_every = args.val_loss_every
+    if args.hellaswag_limit is None and machine.device.type == "cpu":
+        args.hellaswag_limit = 200
+    if not args.hellaswag_every or tokenizer is None:
+        return tokenizer, None
+    try:
+        examples = devices.from_rank_0(machine, hellaswag.load_examples, args.hellaswag_data, args.hellaswag_limit)
+    except UserError as error:
+        if args.hellaswag_data:
+            raise
+        run.say(f"no HellaSwag in this run: {error}")
+        return tokenizer, None
+    return tokenizer, hellaswag.tokenize(examples, tokenizer)
+
+
+def start(run, args, machine, model, train_loader, val_loader, step):
+    """Rank 0: say what is about to run and how much it will cost; write config.json, open the log."""
+    flops = model.estimate_flops_per_token(args.T)
+    here = runs.describe_machine(machine.device)
+    end = min(args.max_steps, args.stop_after or args.max_steps)
+    micro_batches = args.total_batch_size // (args.B * args.T)
+    run.say(f"{run.folder}: {model.num_params():,} parameters, {model.num_active_params():,} active per token")
+    run.say(f"{end:,} steps of {args.total_batch_size:,} tokens, {micro_batches} micro-batches of {args.B} x {args.T}; "
+            f"{end * args.total_batch_size * flops:.3g} FLOPs; data: {train_loader.describe()}")
+    run.say(f"{here['device']}, {machine.dtype}, {machine.world_size} process(es), torch {here['torch']}")
+    if machine.device.type == "cpu":
+        days = (end - step) * args.total_batch_size * flops / devices.matmul_rate() / 86400
+        run.say(f"on this CPU at least {24 * days:,.1f} hours" if days > 0.1 else f"about {1440 * days:,.1f} minutes")
+        if days > 1 and not args.yes:
+            raise UserError("that is more than a day: pass --yes, or a smaller model (--n_layer 4 --n_embd 128 --T 64)")
+    pairs = None
+    if not run.state:
+        texts = []
+        for loader in (train_loader, val_loader):
+            x, _ = loader.rows_at(0, min(loader.file_rows, 4_000_000 // args.T))
+            texts.append(x.cpu().numpy().ravel())
+        pairs = runs.pair_loss(*texts, args.vocab_size)
+    run.start(step, {
+        "model": dataclasses.asdict(model.config), "data": fingerprint(args.data_root),
+        "tokenizer": train_loader.tokenizer, "parameters": model.num_params(),
+        "active_parameters": model.num_active_params(), "flops_per_token": flops,
+        "tokens_per_step": args.total_batch_size, "pair_loss": pairs, **here,
+        "dtype": str(machine.dtype).removeprefix("torch."), "world_size": machine.world_size,
+    })
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluations: functions that return {stream: value} and leave no trace in the training
+
+
+@torch.no_grad()
+def validate(model, loader, args, machine, stop):
+    """Cross-entropy over the first val_tokens of the loader's split, in eval mode: nats per token and bits per byte of
+    text, and per MoE layer the load. The ranks share the micro-batches out. {} where a single process is to stop."""
+    was_training, stats = model.training, RouterStats(model)
+    model.eval()
+    n_rows = min(max(1, args.val_tokens // args.T), loader.file_rows)
+    rank, world_size = machine.eval_share
+    lengths = token_bytes(loader.tokenizer, loader.vocab_size)  # None: not known
+    lengths = torch.tensor(lengths if lengths is not None else [0] * loader.vocab_size, device=machine.device)
+    dtype = torch.float32 if machine.device.type == "mps" else torch.float64
+    sums = torch.zeros(3, dtype=dtype, device=machine.device)
+    for first in range(rank * args.B, n_rows, world_size * args.B):
+        if stop.requested and machine.world_size == 1:
+            model.train(was_training)
+            return {}
+        x, y = loader.rows_at(first, min(args.B, n_rows - first))
+        with machine.autocast():
+            loss = model(x, y).ce_loss
+        stats.add()
+        sums += torch.stack([loss * y.numel(), lengths[y].sum(), loss.new_tensor(y.numel())]).to(sums)
+    model.train(was_training)
+    (loss, n_bytes, tokens), routers = stats.reduce(sums, rank, world_size)
+    streams = {"val": loss / tokens}
+    if n_bytes:
+        streams["val_bpb"] = loss / math.log(2) / n_bytes
+    for layer in routers:
+        streams |= {f"val_{name}_{layer['layer']}": layer[name] for name in ("max_vio", "drop_frac", "logit_std")}
+    return streams
+
+
+def say_samples(run, model, tokenizer, args, machine, step):
+    if tokenizer is None:  # shards of an unknown tokenizer
+        return
+    try:
+        texts = sample.continue_prompt(model, tokenizer, args.sample_prompt, 4, 32, args.seed, machine)
+    except sample.BrokenModel as error:  # the next step says that the run diverged
+        texts = [f"none: {error}"]
+    for i, text in enumerate(texts):
+        run.say(f"step {step} sample {i}: {text!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log, checkpoints, the end
+
+
+def log_step(run, model, step, streams, routers, seconds, hours):
+    """Log and show one update; the load of each expert where a validation is due."""
+    args, rate = run.args, run.args.total_batch_size / seconds
+    if routers:
+        for stream, name in (("max_vio", "max_vio"), ("drop_frac", "drop_frac"), ("router_entropy", "entropy")):
+            streams[stream] = sum(layer[name] for layer in routers) / len(routers)  # mean over the MoE layers
+        streams["router_logit"] = max(layer["max_logit"] for layer in routers)
+    if routers and args.val_loss_every and (step % args.val_loss_every == 0 or step + 1 == args.max_steps):
+        for layer in routers:
+            names = ["max_vio", "drop_frac", "logit_std"] + ["noise_std"] * args.use_noisy_top_k
+            streams |= {f"{name}_{layer['layer']}": layer[name] for name in names}
+            streams |= {f"load_{layer['layer']}_{e}": load for e, load in enumerate(layer["load"])}
+    run.log(step, streams | {"tok_per_sec": rate, "hours": hours})
+
+    text = f"lr {streams['lr']:.3e} | norm {streams['grad_norm']:.3f} | {1e3 * seconds:.0f} ms | {rate:,.0f} tok/s"
+    if routers:
+        text += f" | max_vio {streams['max_vio']:.2f} | dropped {streams['drop_frac']:.1%}"
+    peak = devices.peak_flops(model.lm_head.weight.device)
+    if peak:
+        world_size = devices.world()[1]
+        text += f" | mfu {model.estimate_flops_per_token(args.T) * rate / (peak * world_size):.1%}"
+    run.show_step(step, streams, text)
+
+
+def save(saver, run, model, optimizer, loader, step, hours, best):
+    """Write a checkpoint in the background. Every rank calls it."""
+    if not run.args.save_checkpoint:
+        return
+    run.sync()  # a checkpoint must never be newer than the log that it continues
+    fields = {
+        "loader": loader.state_dict(), "step": step, "hours": hours, "best": best,
+        "settings": dataclasses.asdict(run.args), "config": dataclasses.asdict(model.config),
+        "tokenizer": loader.tokenizer,
+    }
+    error = saver.save(model, optimizer, fields, step, fsdp=run.args.fsdp)
+    if error:
+        run.say(f"warning: a checkpoint could not be written ({error}); training continues, older ones are kept")
+
+
+def finish(saver, run, step, best, done):
+    """Wait for the last checkpoint; say how it went and what to do next. Returns the exit code."""
+    error = saver.wait()
+    if error:
+        raise UserError(f"no checkpoint could be written to {run.checkpoints} ({error}): free space, then --resume")
+    last = run.last
+    parts = [f"{name} {last[name]:.4f}" for name in runs.EVALUATIONS if name in last]
+    parts += [f"best val {best:.4f}"] * math.isfinite(best) + [f"{60 * last.get('hours', 0):.1f} minutes"]
+    if "drop_frac" in last:
+        parts.append(f"max_vio {last['max_vio']:.2f}, dropped {last['drop_frac']:.1%}")
+    run.say(f"{'done' if done else 'stopped'} after {step} steps: {', '.join(parts)}")
+    if done:
+        run.say(f"next: python sample.py --checkpoint {run.checkpoints}\n      python compare.py {run.folder.parent}\n"
+                f"      python routes.py --checkpoint {run.checkpoints} --out routes")
+    elif run.args.save_checkpoint:
+        run.say(f"continue: python train_single_gpu.py --resume {run.folder}")
+    return common.DONE if done else common.INTERRUPTED
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The script
 
 
-def evaluate_only(args, machine):
+def read_args(argv=None):
+    """Args from the command line; on --resume FOLDER and --branch the defaults are the settings of that run."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--resume", default="")
+    first.add_argument("--branch", default="")
+    found = first.parse_known_args(argv)[0]
+    source = found.branch if found.resume in ("", "auto") else found.resume
+    if not source:
+        return common.parse(Args, argv)
+    config = runs.read_config(source if Path(source, "config.json").exists() else Path(source).parent)
+    known = {field.name for field in dataclasses.fields(Args)}
+    settings = {name: value for name, value in runs.settings_of(config).items() if name in known}
+    settings |= {"resume": found.resume, "branch": found.branch, "eval_only": False}
+    if found.branch:
+        settings["name"] = ""
+    return common.parse(Args, argv, Args(**settings))
+
+
+def evaluate_only(args, machine, run):
     """Print train and val loss of the model as it is: --init_from, or the run that --resume names."""
-    console = logger.Console(args, machine)
-    source = None if args.init_from == "scratch" else args.init_from
+    loaders = [make_loader(args, split, machine) for split in ("train", "val")]
     if args.resume:
-        source = args.resume if args.resume != "auto" else Path(args.checkpoint_dir) / identity.choose_names(args)
-        model = checkpoint.load_model(source)[0].to(machine.device)
-        check_model(model.config, args, machine)
+        model = weights.open_model(args.resume, machine.device)[0]
     else:
-        model = build_model(args, machine, None)
-    for loader in make_loaders(args, machine, model, source):
-        loss, bpb, _ = validate(model, loader, args.val_loss_steps, machine, console)
-        tokens = loader.tokens_in(args.val_loss_steps)
-        measures = f"{loss:.4f} nats per token, {bpb:.4f} bits per byte, perplexity {math.exp(loss):.2f}"
-        console.say(f"{loader.split} loss {measures} ({tokens:,} tokens)")
+        model = build_model(args, machine, None, loaders[0])
+    for loader in loaders:
+        found = validate(model, loader, args, machine, common.Stop())
+        bits = f", {found['val_bpb']:.4f} bits per byte" if "val_bpb" in found else ""
+        run.say(f"{loader.split} loss {found['val']:.4f} nats per token{bits}, perplexity {math.exp(found['val']):.2f}")
     return common.DONE
 
 
 def run(args):
     """Train, or evaluate, with these settings; returns the exit code."""
-    with common.same_on_every_rank():
-        check_args(args, common.world()[1])
-        machine = common.set_up_machine(args.device, args.dtype, args.fsdp, args.dist_timeout)
-        args.dtype = str(machine.dtype).removeprefix("torch.")
-        if args.hellaswag_limit is None and machine.device.type == "cpu":
-            args.hellaswag_limit = 200
-    if args.eval_only:
-        return evaluate_only(args, machine)
-    stem = identity.agree_on_names(args, machine)
-    log_path = runlog.log_path(args.logs_dir, args.name, args.run_id, args.seed)
-    folder = Path(args.checkpoint_dir) / stem
-    with contextlib.ExitStack() as locks:
-        common.together(lambda: machine.is_main and identity.hold(args, [log_path, folder / "writer"], locks), machine)
-        run = set_up(args, machine, stem, log_path, folder, logger.Console(args, machine))
-        try:
-            return train(run)
-        finally:
-            run.saver.wait()
-            run.console.close()
-            run.log.close()
+    machine = devices.set_up_machine(args)
+    this = runs.Run(args, machine.is_main)
+    try:
+        return evaluate_only(args, machine, this) if args.eval_only else train(args, machine, this)
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"out of memory ({reason}): lower --B, or pass --recompute blocks") from None
+    finally:
+        this.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def main():
-    with common.same_on_every_rank():
-        args = common.parse(Args)
-    try:
-        code = run(args)
-        gloo = dist.is_initialized() and dist.get_backend() == "gloo"
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    if gloo:
-        common.exit_now(code)
-    return code
+    return run(read_args())
 
 
 if __name__ == "__main__":
