@@ -1,10 +1,10 @@
 """HellaSwag (Zellers et al. 2019, 1905.07830): which of four endings does the model find most likely?
 
-    python hellaswag.py --checkpoint checkpoints/moe_20250629_seed_42        # a .pt file, or a folder: its newest
+    python hellaswag.py --checkpoint logs/moe_seed_42                        # a run's folder, or one checkpoint
     python hellaswag.py --init_from gpt2                                     # published: GPT-2 124M 0.2955, XL 0.4893
-    python hellaswag.py --checkpoint PATH --data hellaswag_val.jsonl --limit 1000 --out results/hella.json
+    python hellaswag.py --checkpoint RUN --data hellaswag_val.jsonl --limit 1000 --out results/hella.json
 
-and in training (streams `hella`, `hella_bpb`):  evaluate(model, tokenize(load_examples(), tokenizer), device)
+and in training (streams `hella`, `hella_bpb`):  evaluate(model, tokenize(load_examples(), tokenizer), machine)
 
 Completion style: tokens(context) + tokens(" " + ending). `acc` chooses the ending with the lowest total loss over its
 tokens, `acc_norm` the one with the lowest mean loss; the first of endings that tie. If context + ending is longer than
@@ -26,23 +26,27 @@ prompts, our total losses are its log-likelihoods, so `acc` agrees; acc_norm agr
 import http.client
 import json
 import math
-import tempfile
 import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lab import common
+from lab.common import Positive, UserError, atomic_write
+
+# isort: split
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.attention import sdpa_kernel
 from tqdm import tqdm
 
-from lab import checkpoint, common
-from lab.common import Positive, SharedError, UserError, atomic_write
+from lab import devices
 from lab.kernels import compute_dtype, linear_cross_entropy
 from lab.tokenizer import token_bytes
-from sample import attention_without_cudnn, inference_dtype, require_memory
+from sample import NO_CUDNN, inference_dtype
+from weights import open_model
 
 URL = "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl"
 PATH = Path("data/hellaswag/hellaswag_val.jsonl")
@@ -59,92 +63,47 @@ class Example(NamedTuple):
     right_bytes: tuple[int, ...]  # bytes of text of each token of the right ending
 
 
-def load_examples(path=None, limit=None, flag="--data"):
-    """The first `limit` (default: all) examples of a jsonl file in the official format, as dicts.
+def load_examples(path="", limit=None):
+    """The first `limit` examples (None: all) of a jsonl file, as dicts with ctx, endings and label.
 
-    Without a path: the official validation set, downloaded once. Raises UserError, with the `flag` that names another
-    file: no network, no such file, a malformed line (with its number).
+    Without a path: the official validation set, downloaded once. Labels may be numbers or, as on the Hub, text.
     """
-    if not path:
-        path = PATH
-        if not path.exists():
-            download(URL, path, flag)
+    path, examples = Path(path or PATH), []
     try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the HellaSwag jsonl with {flag} FILE") from error
-    numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    examples = [parse(line, f"{path} line {number}") for number, line in numbered[:limit]]
-    if not examples:
-        raise UserError(f"{path} holds no examples; delete it to download it again, or give another with {flag} FILE")
-    return examples
-
-
-def download(url, path, flag, timeout=10):
-    """Download `url` to `path`, whole or not at all. A network that is silent for `timeout` seconds is an error."""
-    try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
-            data = response.read()
+        if path == PATH and not path.exists():
+            with urllib.request.urlopen(URL, timeout=10) as response:
+                data = response.read()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as f:
+                f.write(data)
+        lines = path.read_bytes().splitlines()
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url}: {error}; download it on another machine and give it with {flag} FILE") from error
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as f:
-            f.write(data)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); give the file with {flag} FILE") from error
-
-
-def parse(line, where):
-    """One line as a dict; UserError, beginning with `where`, unless it has the official format."""
-    try:
-        example = json.loads(line)
-        label, endings, texts = example["label"], example["endings"], [example["ctx"], *example["endings"]]
-        valid = isinstance(endings, list) and len(endings) == 4 and type(label) is int and label in range(4)
-        valid = valid and all(isinstance(text, str) and text.strip() for text in texts)
-    except (ValueError, LookupError, TypeError, RecursionError):
-        valid = False
-    if not valid:
-        raise UserError(f"{where} is not a HellaSwag example: a JSON object with ctx, four endings and label 0 to 3")
-    return example
+        remedy = f"name the file of {URL} with --data (in training: --hellaswag_data)"
+        raise UserError(f"no HellaSwag at {path} ({error}): {remedy}") from None
+    for number, line in enumerate(lines[:limit], start=1):
+        try:
+            example = json.loads(line)
+            texts, label = [example["ctx"], *example["endings"]], int(example["label"])
+            if len(texts) != 5 or not all(text.strip() for text in texts) or label not in range(4):
+                raise ValueError
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(f"{path} line {number}: not an example with ctx, four endings and label 0 to 3") from None
+        examples.append({"ctx": texts[0], "endings": texts[1:], "label": label})
+    if not examples:
+        raise UserError(f"{path} holds no examples: delete it to download it again")
+    return examples
 
 
 def tokenize(examples, tokenizer):
     """Examples for `evaluate` from the dicts of `load_examples`; once for any number of evaluations."""
-    lengths = token_bytes(tokenizer.name)
-
-    def encode(text):
-        return tuple(tokenizer.encode_ordinary(text))
-
-    def example(ctx, endings, label, **_):
-        endings = tuple(encode(" " + text) for text in endings)
-        return Example(encode(ctx), endings, label, tuple(lengths[[*endings[label]]].tolist()))
-
-    return [example(**x) for x in examples]
-
-
-def load_for_training(path, limit, tokenizer, every, machine, say):
-    """Tokenised examples for the trainer, or None if `every` is 0 or, after a message, if the download fails.
-
-    Rank 0 loads and sends them to the other ranks: all ranks evaluate the same examples, or none does, also where nodes
-    share no disk. Raises UserError on every rank for a fault of the file at `path`.
-    """
-    if every == 0:
-        return None
-    loaded = [None]
-    if machine.is_main:
-        try:
-            loaded = [tokenize(load_examples(path, limit, "--hellaswag_data"), tokenizer)]
-        except UserError as error:
-            loaded = [error]
-    if machine.world_size > 1:
-        dist.broadcast_object_list(loaded, device=machine.device)
-    if not isinstance(loaded[0], UserError):
-        return loaded[0]
-    if path:
-        raise SharedError(str(loaded[0]))
-    say(f"no HellaSwag in this run: {loaded[0]}")
-    return None
+    bytes_of_token = token_bytes(tokenizer.name)
+    tokenized = []
+    for example in examples:
+        context = tuple(tokenizer.encode_ordinary(example["ctx"]))
+        endings = tuple(tuple(tokenizer.encode_ordinary(" " + ending)) for ending in example["endings"])
+        right_bytes = tuple(bytes_of_token[list(endings[example["label"]])].tolist())
+        tokenized.append(Example(context, endings, example["label"], right_bytes))
+    return tokenized
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -154,7 +113,7 @@ def load_for_training(path, limit, tokenizer, every, machine, say):
 class Row(NamedTuple):
     length: int  # in tokens
     context: tuple
-    endings: dict  # tokens of an ending -> its slot; equal endings share one
+    endings: list  # (tokens of an ending, its slot)
 
 
 def crop(context, ending, block_size):
@@ -171,194 +130,133 @@ def crop(context, ending, block_size):
 
 
 def build_rows(examples, block_size):
-    """(rows, longest first; slot whose loss is computed for each slot; scored tokens per slot; examples cropped).
+    """(rows, longest first; scored tokens of each ending, int64 (n, 4)).
 
     Endings share a row if their contexts are equal after cropping: all four, unless one is too long for block_size.
-    Equal endings are computed once, so that they tie exactly.
     """
-    if block_size < 2:
-        raise UserError(f"a model of block_size {block_size} predicts nothing: HellaSwag needs at least 2")
-    rows, cropped = [], 0
-    computed, counts = np.zeros((2, 4 * len(examples)), dtype=np.int64)
-    for e, (context, endings, *_) in enumerate(examples):
-        groups = {}
-        for slot, ending in enumerate(endings, start=4 * e):
-            kept, tail = crop(context, ending, block_size)
-            computed[slot] = groups.setdefault(kept, {}).setdefault(tail, slot)
-            counts[slot] = len(tail)
-        for kept, tails in groups.items():
-            rows.append(Row(len(kept) + sum(map(len, tails)) - len(tails), kept, tails))
-        cropped += len(context) + max(map(len, endings)) > block_size
+    rows = []
+    counts = np.zeros((len(examples), 4), dtype=np.int64)
+    for e, example in enumerate(examples):
+        endings_after = {}  # context -> [(ending, slot)]
+        for i, ending in enumerate(example.endings):
+            context, ending = crop(example.context, ending, block_size)
+            endings_after.setdefault(context, []).append((ending, 4 * e + i))
+            counts[e, i] = len(ending)
+        for context, endings in endings_after.items():
+            length = len(context) + sum(len(ending) - 1 for ending, _ in endings)
+            rows.append(Row(length, context, endings))
     rows.sort(key=lambda row: -row.length)
-    return rows, computed, counts, cropped
+    return rows, counts
 
 
-def split_rows(rows, batch_tokens, rank, world_size):
-    """Batches of this rank's rows: at most batch_tokens each, padding included, or one row.
-
-    Each rank gets the same number of batches of about the same size, so that none waits for another.
-    """
-    start = 0
+def split_rows(rows, batch_tokens):
+    """Batches of rows: at most batch_tokens each, padding included, or one row."""
+    batches, start = [], 0
     while start < len(rows):
-        count = world_size * max(1, batch_tokens // rows[start].length)
-        unscored = rows[start]._replace(endings={})  # for a rank beyond the last few rows
-        yield rows[start : start + count][rank::world_size] or [unscored]
-        start += count
-
-
-class Batch(NamedTuple):
-    tokens: torch.Tensor  # int64 (3, B, S): token, position, segment (padding: -1)
-    scored: torch.Tensor  # int64 (2, N): index, among the B*S tokens, of the token that predicts; target
-    slots: np.ndarray  # int64 (N,)
-
-
-class Layout(NamedTuple):
-    """A row as lists: the first three have one entry per token, the others one per scored token."""
-
-    tokens: list
-    positions: list
-    segments: list  # 0: the context; 1 to 4: the endings
-    sources: list  # index in the row of the token whose hidden state predicts the scored token
-    targets: list
-    slots: list
-
-
-def lay_out(row):
-    n = len(row.context)
-    out = Layout([*row.context], [*range(n)], [0] * n, [], [], [])
-    for segment, (ending, slot) in enumerate(row.endings.items(), start=1):
-        start, seen = len(out.tokens), len(ending) - 1
-        out.tokens.extend(ending[:-1])
-        out.positions.extend(range(n, n + seen))
-        out.segments.extend([segment] * seen)
-        out.sources.extend([n - 1, *range(start, start + seen)])
-        out.targets.extend(ending)
-        out.slots.extend([slot] * len(ending))
-    return out
+        end = start + max(1, batch_tokens // rows[start].length)
+        batches.append(rows[start:end])
+        start = end
+    return batches
 
 
 def collate(rows, device):
-    """Batch of rows, padded to the first, which is the longest."""
-    length = rows[0].length
-    tokens = np.zeros((3, len(rows), length), dtype=np.int64)
+    """Rows, the longest first, as tensors on the device: tokens (3, B, S), scored (3, N), both int64.
+
+    tokens: token; position; segment (0 the context, 1 to 4 the endings, -1 padding). scored, an entry per token of an
+    ending: index, among the B*S tokens, of the token that predicts it; the token itself; slot of the ending.
+    """
+    S = rows[0].length
+    tokens = np.zeros((3, len(rows), S), dtype=np.int64)
     tokens[2] = -1
-    sources, targets, slots = [], [], []
-    for b, row in enumerate(map(lay_out, rows)):
-        tokens[:, b, : len(row.tokens)] = row.tokens, row.positions, row.segments
-        sources.extend(b * length + source for source in row.sources)
-        targets.extend(row.targets)
-        slots.extend(row.slots)
-    parts = torch.from_numpy(tokens), torch.tensor([sources, targets], dtype=torch.int64)
+    scored = []
+    for b, row in enumerate(rows):
+        n = end = len(row.context)
+        tokens[:, b, :n] = row.context, range(n), [0] * n
+        for segment, (ending, slot) in enumerate(row.endings, start=1):
+            # Each ending stands behind the one before it, at positions as if behind the context.
+            start, end = end, end + len(ending) - 1
+            tokens[:, b, start:end] = ending[:-1], range(n, n + end - start), [segment] * (end - start)
+            # Its first token is predicted by the last one of the context, each other by the one before.
+            sources = [n - 1, *range(start, end)]
+            for source, target in zip(sources, ending, strict=True):
+                scored.append((b * S + source, target, slot))
+    parts = torch.from_numpy(tokens), torch.tensor(scored, dtype=torch.int64).T
     if device.type == "cuda":  # the copy from pinned memory does not block the host
         parts = [part.pin_memory() for part in parts]
-    return Batch(*(part.to(device, non_blocking=True) for part in parts), np.array(slots, dtype=np.int64))
+    return [part.to(device, non_blocking=True) for part in parts]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scoring
 
 
-class Result(NamedTuple):
-    acc: float  # by total loss; nan if a loss is not finite
-    acc_norm: float  # by mean loss
-    bpb: float  # bits per byte of the right ending, mean over examples
-    stderr: float  # of acc_norm
-    n: int
-    seconds: float
-    cropped: int  # examples longer than block_size
-    ties: int  # examples in which two endings share the lowest mean loss
-    predictions: list[int]  # endings chosen by mean loss
-
-
-def score(model, batch):
-    """Losses (N,), float32, of the scored tokens of a Batch."""
-    idx, positions, segments = batch.tokens
-    sources, targets = batch.scored
+def score(model, tokens, scored):
+    """Losses (N,), float32, nats, of the scored tokens of a batch from collate()."""
+    idx, positions, segments = tokens
     own = segments[:, :, None] == segments[:, None, :]  # (B, S, S)
     attn_mask = (own | (segments == 0)[:, None, :]).tril()  # padding attends too: without any key it would be nan
-    with attention_without_cudnn(idx.device):
+    with sdpa_kernel(NO_CUDNN):
         h = model.hidden_states(idx, positions=positions, attn_mask=attn_mask[:, None], dropless=True)
-    h = h.flatten(0, 1)[sources]
-    return linear_cross_entropy(h.to(compute_dtype(h)), model.lm_head.weight, targets, reduction="none")
+    h = h.flatten(0, 1)[scored[0]]
+    return linear_cross_entropy(h.to(compute_dtype(h)), model.lm_head.weight, scored[1], reduction="none")
 
 
 @torch.no_grad()
-def ending_losses(model, examples, device, batch_tokens=None, rank=0, world_size=1, progress=False):
-    """Total losses (n, 4) and scored tokens (n, 4) of the endings, numpy; number of examples cropped.
+def ending_losses(model, examples, device, rank=0, world_size=1, batch_tokens=None, progress=False):
+    """Total losses in nats, float64 (n, 4), and scored tokens, int64 (n, 4), of all endings, numpy; on every rank.
 
-    Products are of inference_dtype. Mode, gradients and random state of the model are unchanged.
+    `model` is the GPT itself, not a compiled or wrapped one: rows have many lengths. It is left as it was.
     """
     device = torch.device(device)
-    rows, computed, counts, cropped = build_rows(examples, model.config.block_size)
-    counts = counts.reshape(-1, 4)
-    labels = np.array([example.label for example in examples])
-    shares = split_rows(rows, batch_tokens or BATCH_TOKENS[device.type], rank, world_size)
-    batches = (collate(share, device) for share in shares)
-    total = np.zeros(len(computed))
+    rows, counts = build_rows(examples, model.config.block_size)
+    batches = split_rows(rows[rank::world_size], batch_tokens or BATCH_TOKENS[device.type])
+    total = torch.zeros(counts.size, dtype=torch.float64)
+    losses, slots = [], []
     was_training = model.training
     model.eval()
     try:
-        with (
-            common.autocast(device, inference_dtype(device, model.config)),
-            tqdm(total=len(examples) // world_size, unit="example", disable=None if progress else True) as bar,
-        ):
-            batch = next(batches)
-            while batch is not None:
-                losses = score(model, batch)
-                upcoming = next(batches, None)  # built while the device computes
-                total += np.bincount(batch.slots, losses.cpu(), minlength=len(total))
-                show(bar, total[computed].reshape(-1, 4), counts, labels)
-                batch = upcoming
+        with devices.autocast(device, inference_dtype(device, model.config)):
+            for batch in tqdm(batches, unit="batch", disable=None if progress else True):
+                tokens, scored = collate(batch, device)
+                losses.append(score(model, tokens, scored))  # stays there: the next batch is built meanwhile
+                slots.append(scored[2])
     finally:
         model.train(was_training)
+    if losses:  # a rank beyond the last row has none
+        total.index_add_(0, torch.cat(slots).cpu(), torch.cat(losses).cpu().double())
     if world_size > 1:
-        reduced = torch.from_numpy(total).to(device)
+        reduced = total.to(device)
         dist.all_reduce(reduced)
-        total = reduced.cpu().numpy()
-    return total[computed].reshape(-1, 4), counts, cropped
+        total = reduced.cpu()
+    return total.numpy().reshape(-1, 4), counts
 
 
-def show(bar, total, counts, labels):
-    """Show acc_norm of the examples whose four endings have a loss."""
-    if bar.disable:
-        return
-    done = total.all(axis=1)
-    if done.any():
-        correct = (total / counts).argmin(axis=1) == labels
-        bar.set_postfix(acc_norm=f"{correct[done].mean():.4f}", refresh=False)
-    bar.update(int(done.sum()) - bar.n)
-
-
-def evaluate(model, examples, device, batch_tokens=None, rank=0, world_size=1, progress=False):
-    """Result of a GPT on tokenised examples. Every rank of the world calls it and gets the Result of all examples.
-
-    `model` is the GPT itself, not a compiled or wrapped one: rows have many lengths. Call it outside autocast.
-    """
-    start = time.perf_counter()
-    total, counts, cropped = ending_losses(model, examples, device, batch_tokens, rank, world_size, progress)
-    seconds = time.perf_counter() - start
-    mean = total / counts
+def summarize(examples, total, counts):
+    """Accuracies, bits per byte and predictions of the losses; nan where a loss is not finite."""
+    n = len(examples)
     labels = np.array([example.label for example in examples])
+    mean = total / counts
     predictions = mean.argmin(axis=1)  # the first of endings that tie
     acc, acc_norm = (total.argmin(axis=1) == labels).mean(), (predictions == labels).mean()
-    bpb = bits_per_byte(total, counts, examples).mean()
     if not np.isfinite(total).all():
         acc = acc_norm = math.nan  # a diverged model must not look like one that guesses
-    ties = ((mean == mean.min(axis=1, keepdims=True)).sum(axis=1) > 1).sum()
-    stderr = standard_error(acc_norm, len(examples))
-    scores = float(acc), float(acc_norm), float(bpb), stderr
-    return Result(*scores, len(examples), seconds, cropped, int(ties), predictions.tolist())
+    right = np.arange(n), labels
+    scored_bytes = [sum(x.right_bytes[-count:]) for x, count in zip(examples, counts[right], strict=True)]
+    bpb = (total[right] / math.log(2) / scored_bytes).mean()
+    return {
+        "acc": float(acc),  # by total loss
+        "acc_norm": float(acc_norm),  # by mean loss
+        "bpb": float(bpb),  # of the right ending, mean over examples
+        "stderr": math.sqrt(acc_norm * (1 - acc_norm) / n),  # of acc_norm
+        "n": n,
+        "predictions": predictions.tolist(),  # by mean loss
+    }
 
 
-def bits_per_byte(total, counts, examples):
-    """Loss (n,) of each right ending, in bits per byte of its scored tokens."""
-    places = [(i, example.label) for i, example in enumerate(examples)]
-    n_bytes = [sum(examples[i].right_bytes[-counts[i, label] :]) for i, label in places]
-    return np.array([total[place] for place in places]) / math.log(2) / n_bytes
-
-
-def standard_error(accuracy, n):
-    return math.sqrt(accuracy * (1 - accuracy) / n)
+def evaluate(model, examples, machine):
+    """The streams of the log: {"hella": acc_norm, "hella_bpb": bits per byte}. Every rank calls it."""
+    result = summarize(examples, *ending_losses(model, examples, machine.device, *machine.eval_share))
+    return {"hella": result["acc_norm"], "hella_bpb": result["bpb"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,7 +265,7 @@ def standard_error(accuracy, n):
 
 @dataclass
 class Args:
-    checkpoint: str = ""  # Checkpoint of train_single_gpu.py: a .pt file, or a folder (its newest)
+    checkpoint: str = ""  # Run of train_single_gpu.py: its folder (the newest checkpoint) or one checkpoint
     init_from: str = ""  # GPT-2 from Hugging Face (gpt2 ... gpt2-xl), or a folder in its format
     data: str = ""  # jsonl file in the official format (default: data/hellaswag, downloaded when missing)
     limit: Positive | None = None  # Number of examples, from the first (default: all 10,042)
@@ -376,51 +274,28 @@ class Args:
     batch_tokens: Positive | None = None  # Tokens per batch, padding included (default: by device)
 
 
-def check_out(out):
-    """UserError if `out` cannot be written: found before the evaluation, not after it."""
-    path = Path(out)
-    if path.exists() and not path.is_file():
-        raise UserError(f"--out {out} is not a file: name a file")
-    try:
-        with tempfile.TemporaryFile(dir=path.resolve().parent) as f:
-            f.write(bytes(100_000))  # more than a result of all examples needs: a full disk is found too
-    except OSError as error:
-        raise UserError(f"--out {out}: its folder cannot be written to: {error.strerror}") from None
-
-
-def check_memory(model, examples, args, device):
-    """UserError if a batch of --batch_tokens needs more memory than is free."""
-    tokens = sum(len(x.context) + sum(map(len, x.endings)) for x in examples)
-    tokens = min(tokens, args.batch_tokens or BATCH_TOKENS[device.type])
-    width = inference_dtype(device, model.config).itemsize
-    require_memory(10 * model.config.n_embd * width, tokens, device, "--batch_tokens")
-
-
-def report(result):
-    """Print both accuracies with their standard errors, and the loss of the right endings."""
-    print(f"acc       {result.acc:.4f} +/- {standard_error(result.acc, result.n):.4f}  (by total loss)")
-    print(f"acc_norm  {result.acc_norm:.4f} +/- {result.stderr:.4f}  (by mean loss over the ending's tokens)")
-    print(f"bpb       {result.bpb:.4f}  (bits per byte of the right ending)")
-    notes = f"{result.cropped} cropped to the block size, {result.ties} with a tie"
-    print(f"examples  {result.n} in {result.seconds:.1f} s; {notes}")
-
-
 def main():
     args = common.parse(Args)
-    if args.out:
-        check_out(args.out)
-    device = common.choose_device(args.device)
-    model, tokenizer = checkpoint.open_model(args.checkpoint, args.init_from, device)
+    if bool(args.checkpoint) == bool(args.init_from):
+        raise UserError("give one model: --checkpoint RUN or --init_from gpt2")
+    source, device = args.checkpoint or args.init_from, devices.choose_device(args.device)
+    model, tokenizer = open_model(source, device)
     examples = tokenize(load_examples(args.data, args.limit), tokenizer)
-    check_memory(model, examples, args, device)
-    result = evaluate(model, examples, device, args.batch_tokens, progress=True)
-    name = args.checkpoint or args.init_from
-    if math.isnan(result.acc):
-        raise UserError(f"{name} gives losses that are not finite: use an earlier checkpoint")
+    start = time.perf_counter()
+    losses = ending_losses(model, examples, device, batch_tokens=args.batch_tokens, progress=True)
+    seconds = time.perf_counter() - start
+    cropped = sum(len(x.context) + max(map(len, x.endings)) > model.config.block_size for x in examples)
+    result = {"model": source, "seconds": seconds, "cropped": cropped, **summarize(examples, *losses)}
+    if math.isnan(result["acc"]):
+        raise UserError(f"{source} gives losses that are not finite: use an earlier checkpoint")
+    print(f"acc       {result['acc']:.4f}  (by total loss)")
+    print(f"acc_norm  {result['acc_norm']:.4f} +/- {result['stderr']:.4f}  (by mean loss over the ending's tokens)")
+    print(f"bpb       {result['bpb']:.4f}  (bits per byte of the right ending)")
+    print(f"examples  {result['n']} in {seconds:.1f} s, {cropped} cropped to the block size")
     if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(args.out, "w") as f:
-            json.dump({"model": name, **result._asdict()}, f)
-    report(result)
+            json.dump(result, f)
 
 
 if __name__ == "__main__":
