@@ -1,591 +1,328 @@
-"""Variants x seeds: runs train_single_gpu.py once for each, here or on a SLURM cluster.
+"""Variants x seeds (x learning rates): one run of train_single_gpu.py for each, here or on a SLURM cluster.
 
-    python sweep.py --variants all --seeds 42 2025 1337 --dry_run -- --max_steps 5000         # commands and cost
-    python sweep.py --variants no_moe noisy_top_k --jobs 2 -- --device cpu --max_steps 500    # CPU, two at a time
-    python sweep.py --data_per_seed --gpus 0 1 2 3 -- --max_steps 5000                        # one process per GPU
-    python sweep.py --slurm partition=gpu,time=24:00:00,mem=64 -- --max_steps 5000            # one job per run
+    python sweep.py --variants all --max_steps 5000 --dry_run                                # commands and cost
+    python sweep.py --variants no_moe aux_only --jobs 2 --device cpu --max_steps 500         # two runs at a time
+    python sweep.py --variants no_moe aux_only --gpus 0 1 2 3 --max_steps 5000               # one run per GPU
+    python sweep.py --variants no_moe muon --rates 1e-3 2e-3 4e-3 --logs_dir logs/rates      # a run per rate, too
+    python sweep.py --slurm slurm_partition=gpu timeout_min=1440 mem_gb=64 --max_steps 5000  # one SLURM job per run
 
-What follows `--` are settings of train_single_gpu.py for every run; the settings of a variant win over them. With
---data_per_seed the differences of a comparison are taken within each seed (compare.py), and their spread holds that of
-the data. The same command again continues: runs that finished or diverged are passed over, interrupted ones resume from
-their newest checkpoint. A log that was made with other settings refuses the sweep. Ctrl-C lets the running ones save
-first. Exit code 2 if any run failed, after all the others have had their turn.
+Variants are rows of variants.py. Flags that are not listed below are settings of train_single_gpu.py for every run;
+those of a variant and of --rates win over them. A run's folder is {logs_dir}/{variant}_seed_{seed}, with --rates
+{variant}_lr_{rate}_seed_{seed}; what the run prints is in a file beside it, .out.
+
+The same command again continues: finished and diverged runs are passed over, interrupted ones resume. A folder with a
+run of other settings refuses the sweep before anything starts. Ctrl-C and SIGTERM let the running ones save first.
+Exit code 2 if any run failed, after all others have had their turn.
 """
 
-import functools
+import dataclasses
 import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import textwrap
 import time
-import warnings
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
+from lab import common
+from lab.common import DIVERGED, DONE, INTERRUPTED, FiniteAboveZero, Positive, Seed, UserError
+
+# isort: split
 import torch
 
-import identity
-import runlog
-import slurm
 import train_single_gpu
-from identity import PUBLISHED
-from lab import checkpoint, common
-from lab import data as dataloader
-from lab.common import DIVERGED, DONE, INTERRUPTED, AboveZero, Positive, UserError
-from model import GPT
-
-TRAINER = Path(__file__).resolve().parent / "train_single_gpu.py"
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The variants: the one table of names, settings and looks. A variant is its settings on top of the published values
-# (identity.PUBLISHED) of compared_settings(), whatever the defaults in train_single_gpu.Args are.
-
-
-class Variant(NamedTuple):
-    name: str
-    label: str
-    colour: str  # told apart by colour-blind readers (sets of Paul Tol, Okabe and Ito) ...
-    line: str  # ... and, together with the marker, in grey
-    marker: str
-    settings: dict
-
-
-NOISY = {"use_noisy_top_k": True}
-AUX = {"use_aux_loss": True}
-Z = {"use_router_z_loss": True}
-FULL_PREC = {"router_use_full_prec": True}
-SWITCH_INIT = {"use_switch_tfm_init": True}
-SWITCH_ROUTER = {"top_k": 1, "gate": "softmax"} | AUX
-ALL_TRICKS = NOISY | AUX | Z | FULL_PREC | SWITCH_INIT
-SMALL_INIT = ALL_TRICKS | {"switch_tfm_init_scale": 0.1}
-ONE_SHARED = {"n_shared_exp": 1, "top_k": 1, "gate": "softmax"}  # as many active parameters as top 2
-ISO = {"expert_hidden": "iso"}  # as many active parameters as dense, but for the router
-QUARTER = AUX | ISO | {"n_exp": 16, "top_k": 4}
-QUANTILE = {"use_quantile_balance": True}
-SWITCH_MLP = {"mlp_init": "switch", "mlp_init_scale": 1.0}
-MUON = {"optimizer": "muon"}
-
-LADDER = (  # the published ablation: each adds one trick to the one before
-    Variant("no_moe", "dense", "#000000", "-", "", {"n_exp": 1}),
-    Variant("only_moe", "MoE, top 2", "#4477AA", "--", "o", {}),
-    Variant("noisy_top_k", "+ router noise", "#EE6677", "-", "s", NOISY),
-    Variant("aux_loss", "+ load-balance loss", "#228833", "--", "^", NOISY | AUX),
-    Variant("z_loss", "+ router z-loss", "#CCBB44", "-.", "D", NOISY | AUX | Z),
-    Variant("router_full_prec", "+ router in float32", "#66CCEE", "-", "v", NOISY | AUX | Z | FULL_PREC),
-    Variant("switch_tfm_init", "+ Switch init: all tricks", "#AA3377", ":", "P", ALL_TRICKS),
-    Variant("top1", "top 1, router without gradient", "#999933", "--", "x", {"top_k": 1}),
-    Variant("top1_noisy", "top 1 without gradient, noise", "#DDAA33", "-.", "+", {"top_k": 1} | NOISY),
-)
-NEW = (
-    Variant("top1_softmax", "top 1, softmax gate", "#332288", "-", "o", {"top_k": 1, "gate": "softmax"}),
-    Variant("top1_softmax_aux", "top 1, softmax gate, balanced", "#661100", "--", "p", SWITCH_ROUTER),
-    Variant("dropless", "dropless", "#44AA99", "--", "s", {"train_capacity": math.inf, "eval_capacity": math.inf}),
-    Variant("aux_only", "load-balance loss alone", "#117733", ":", "^", AUX),
-    Variant("z_only", "router z-loss alone", "#CC6677", "-.", "D", Z),
-    Variant("switch_tfm_init_0.1", "all tricks, Switch init at 0.1", "#882255", "-", "P", SMALL_INIT),
-    Variant("bias_balance", "bias balancing", "#EE7733", "--", "v", {"use_bias_balance": True}),
-    Variant("shared_expert", "1 shared + 1 of 8", "#0077BB", "-.", "*", ONE_SHARED),
-    Variant("sigmoid", "sigmoid gate", "#AA4499", ":", "X", {"gate": "sigmoid"}),
-)
-TRAINING = (  # optimizer, schedule, stability; the table of methods in README.md has the papers
-    Variant("muon", "Muon", "#663333", "-", "o", MUON),
-    Variant("dense_muon", "dense, Muon", "#222255", "--", "s", MUON | {"n_exp": 1}),
-    Variant("wsd", "WSD schedule", "#225555", "-.", "^", {"schedule": "wsd"}),
-    Variant("qk_norm", "QK norm", "#77AADD", ":", "D", {"qk_norm": True}),
-    Variant("output_z_loss", "z-loss on output logits", "#EE8866", "-", "v", {"output_z_loss_weight": 1e-4}),
-    Variant("router_lr", "router at 4 x the rate", "#44BB99", "--", "P", {"router_lr_scale": 4.0}),
-    Variant("router_no_decay", "router without decay", "#666633", "-.", "*", {"router_weight_decay": 0.0}),
-)
-METHODS = (  # of the experts
-    Variant("half_width", "half width, balanced", "#E69F00", "-", "o", AUX | ISO),
-    Variant("quarter_width", "top 4 of 16, quarter width, balanced", "#56B4E9", "--", "s", QUARTER),
-    Variant("shared_half_width", "1 shared + 1 of 8, half width", "#009E73", "-.", "^", ISO | ONE_SHARED),
-    Variant("first_dense", "first layer dense", "#0072B2", ":", "D", {"first_dense": 1}),
-    Variant("step_balance", "balance over the step", "#D55E00", "-", "v", AUX | {"balance_scope": "step"}),
-    Variant("sequence_balance", "balance per sequence", "#CC79A7", "--", "P", AUX | {"balance_scope": "sequence"}),
-    Variant("quantile_balance", "quantile balancing", "#CC3311", "-.", "*", QUANTILE),
-    Variant("sigmoid_quantile", "sigmoid gate, quantile bias", "#33BBEE", ":", "X", QUANTILE | {"gate": "sigmoid"}),
-    Variant("frozen_router", "frozen router", "#555555", "-", "x", {"freeze_router": True}),
-    Variant("gate_scale", "gate scale 2.5", "#EE3377", "--", "o", {"gate_scale": 2.5}),
-    Variant("selected_z", "z-loss on selected logits", "#009988", "-.", "s", Z | {"z_loss_on": "selected"}),
-    Variant("noise_scaled", "router noise at 0.4", "#88CCEE", ":", "^", NOISY | {"noise_scale": 0.4}),
-    Variant("switch_only", "Switch init alone", "#EE99AA", "-.", "P", SWITCH_INIT),
-    Variant("switch_mlp", "Switch init of all MLPs", "#DDCC77", "-", "D", SWITCH_MLP),
-    Variant("dense_switch_mlp", "dense, Switch init of MLPs", "#AAAA00", "--", "v", SWITCH_MLP | {"n_exp": 1}),
-)
-VARIANTS = {variant.name: variant for variant in LADDER + NEW + TRAINING + METHODS}
-__doc__ += "\nVariants: " + "\n".join(textwrap.wrap(", ".join(VARIANTS), 110, subsequent_indent="    "))
-
-
-def variant_of(run):
-    """The Variant whose settings a runlog.Run has, or None. Logs without settings are found by their name.
-
-    Compared are n_exp 1 or more and compared_settings(); the number of experts and every other setting may be any.
-    """
-    settings = run.settings
-    if settings is None:
-        return by_log_name().get(run.name)
-    dense = is_dense(settings)
-    neutral = compared_settings(dense)
-    mine = {name: settings.get(name, value) for name, value in neutral.items()}
-    for variant in VARIANTS.values():
-        wanted = {name: value for name, value in variant.settings.items() if name != "n_exp"}
-        if is_dense(variant.settings) == dense and mine == neutral | wanted:
-            return variant
-    return None
-
-
-def is_dense(settings):
-    return settings.get("n_exp", PUBLISHED["n_exp"]) == 1
-
-
-def look_of(run):
-    """The Variant of a run; for one that is not in the table, a grey one labelled with its unpublished settings."""
-    if found := variant_of(run):
-        return found
-    label = run.name.replace("_", " ")
-    if run.settings is not None:
-        published = compared_settings(dense := is_dense(run.settings))
-        differs = {name: value for name, value in run.settings.items() if value != published.get(name, value)}
-        words = [identity.name_part(*pair).replace("_", " ") for pair in differs.items()]
-        label = ", ".join(["dense" if dense else "MoE", *words])
-    return Variant(run.name, label, "#777777", "-", "", {})
-
-
-def compared_settings(dense=False):
-    """{name: neutral value} of the settings in the table and, but for a dense model, of all that a MoE has."""
-    args = train_single_gpu.Args()
-    in_table = {name for variant in VARIANTS.values() for name in variant.settings} - {"n_exp", *args.moe_fields()}
-    names = sorted(in_table) + ([] if dense else list(args.moe_fields()))
-    return {name: identity.neutral(args, name) for name in names}
-
-
-@functools.cache
-def by_log_name():
-    settings = ({**PUBLISHED, **variant.settings} for variant in VARIANTS.values())
-    names = [identity.run_name(train_single_gpu.Args(**fields)) for fields in settings]
-    return dict(zip(names, VARIANTS.values(), strict=True))
+from lab import checkpoint, data, runs
+from model import GPT, GPTConfig
+from variants import VARIANTS
 
 
 @dataclass
 class Args:
-    variants: tuple[str, ...] = ("all",)  # Names of variants, or all
-    seeds: tuple[int, ...] = (42, 2025, 1337)  # Seeds: one run of every variant for each
+    variants: tuple[Literal[("all", *VARIANTS)], ...] = ("all",)  # Rows of variants.py
+    seeds: tuple[Seed, ...] = (42, 2025, 1337)  # One run of every variant for each seed
+    rates: tuple[FiniteAboveZero, ...] = ()  # One run for each peak learning rate: muon_lr with Muon, else max_lr
     data_per_seed: bool = False  # Each seed has its own order of the data, so that runs of equal seed are pairs
-    run_id: str = "sweep"  # Part of every log's name; another one starts everything afresh
-    gpus: tuple[str, ...] = ()  # GPUs, one process on each; one given twice takes two (default: all visible ones)
-    jobs: Positive | None = None  # Processes at once on the CPU, which share its cores
+    gpus: tuple[str, ...] = ()  # GPUs that the runs share (default: all visible ones)
+    jobs: Positive | None = None  # Runs at a time (default: one per GPU; one on a CPU, whose cores they share)
+    slurm: tuple[str, ...] = ()  # Parameters of submitit, name=value: one SLURM job per run (cluster=local: processes)
     dry_run: bool = False  # Print commands, tokens, FLOPs and hours, and start nothing
-    tok_per_sec: AboveZero | None = None  # Tokens per second for the hours of --dry_run (default: that in the logs)
-    slurm: str = ""  # partition=..,time=..,gpus=..,cpus=..,mem=<GB> and any other sbatch option: one job per run
-    cluster: Literal["slurm", "local"] | None = None  # Where --slurm submits to; local: processes on this machine
+    tok_per_sec: FiniteAboveZero | None = None  # Tokens per second of one run, for the hours of --dry_run
 
 
 @dataclass
 class Job:
-    """One run: its command, and what is known of it from its process and its log."""
+    """One run of the sweep."""
 
-    variant: str
-    command: list[str]
+    name: str
     args: train_single_gpu.Args
-    log: Path
-    folder: Path  # of its checkpoints
-    state: str = "waiting"
-    poll: Callable[[], int | None] = lambda: None  # the exit code once there is one
-    process: subprocess.Popen | None = None
-    last: dict = field(default_factory=dict)  # {stream: (step, value)}: the last line of each stream
-    read_to: int = 0  # bytes of the log taken in
-    inode: int = 0
-    changed: str = ""  # settings that differ from those of its log, where the trainer lets them change
-
-    def __str__(self):
-        return f"{self.variant} seed {self.args.seed}"
+    model: GPTConfig
+    command: list[str]
+    folder: Path
+    out: Path  # all that it prints; beside the folder, for a new run refuses a folder that is not empty
+    state: str = "waiting"  # waiting, running, submitted, done, diverged, interrupted or failed
+    step: int = 0  # the last in its log
+    reason: str = ""  # why it failed
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What to run
 
 
-RESERVED = {"seed": "--seeds", "run_id": "--run_id"}  # trainer's setting: the sweep's, which stands before --
+def plan(args, flags):
+    """One Job per variant, rate and seed, from the trainer's flags for all; seed by seed, to compare early."""
+    for flag in flags:
+        if flag.partition("=")[0] in ("--seed", "--name", "--resume"):
+            raise UserError(f"{flag}: the sweep sets it for each run, by --seeds and --variants; leave it out")
+    shared = train_single_gpu.read_args(flags)  # refuses a wrong flag before anything starts
 
-
-def make_jobs(args, flags):
-    """One Job per variant and seed, seed by seed so that the first comparison is whole early."""
-    unknown = [name for name in args.variants if name not in VARIANTS and name != "all"]
-    if unknown or not args.variants:
-        wrong = f"no variant {unknown[0]!r}" if unknown else "--variants names no variant"
-        raise UserError(f"{wrong}; there are: all {' '.join(VARIANTS)}")
-    if not args.seeds:
-        raise UserError("--seeds names no seed: give at least one number")
-    reserved = RESERVED | ({"data_seed": "--seeds"} if args.data_per_seed else {})
-    for name in (name for name in map(setting_of, flags) if name in (*reserved, "resume")):
-        instead = f"pass {reserved[name]} before `--`" if name in reserved else "leave it out"
-        raise UserError(f"--{name} after `--`: sweep.py sets it for each run; {instead}")
     names = list(VARIANTS) if "all" in args.variants else list(dict.fromkeys(args.variants))
-    jobs = [make_job(args, name, seed, flags) for seed in dict.fromkeys(args.seeds) for name in names]
-    owners = {}
+    jobs = []
+    for seed in dict.fromkeys(args.seeds):
+        for rate in dict.fromkeys(args.rates) or [None]:
+            jobs += [make_job(args, shared, flags, name, seed, rate) for name in names]
+    if not jobs:
+        raise UserError("nothing to run: --variants and --seeds need at least one value each")
+
+    # two names of the same training would look like two results
+    known = {}
     for job in jobs:
-        other = owners.setdefault(job.log, job)
-        if other is not job:
-            raise UserError(f"{other} and {job} are the same run with these flags: leave out one, or the flag after --")
-    for job in jobs:
-        follow(job)
-        job.state = "diverged" if "diverged" in job.last else "waiting" if missing(job) else "done"
-        check_settings(job)
+        same = known.setdefault(str(dataclasses.asdict(job.args) | {"name": ""}), job)
+        if same is not job:
+            raise UserError(f"{same.name} and {job.name} are the same run with these flags: leave out one of them")
     return jobs
 
 
-def setting_of(flag):
-    """max_steps for --max_steps, --max-steps and --max_steps=5; None for a value."""
-    return flag[2:].partition("=")[0].replace("-", "_") if flag.startswith("--") else None
-
-
-def make_job(args, name, seed, flags):
-    settings = VARIANTS[name].settings | {"seed": seed, "run_id": args.run_id, "resume": "auto"}
+def make_job(args, shared, flags, variant, seed, rate):
+    """The run of one variant, seed and rate (None: the rate of the flags)."""
+    settings, name = dict(VARIANTS[variant].settings), variant
+    if rate is not None:
+        optimizer = settings.get("optimizer", shared.optimizer)
+        settings["muon_lr" if optimizer == "muon" else "max_lr"] = rate
+        name = f"{variant}_lr_{rate:g}"
+    settings |= {"seed": seed, "name": name, "resume": "auto"}
     settings |= {"data_seed": seed} if args.data_per_seed else {}
-    argv = [*as_flags(edited_settings(name)), *flags, *as_flags(settings)]
     try:
-        train_args = common.parse(train_single_gpu.Args, argv)
-        train_single_gpu.check_args(train_args, world_size=1)
-    except UserError as error:
-        raise UserError(f"train flags: {str(error).replace(Path(sys.argv[0]).name, TRAINER.name)}") from None
-    parts = train_args.name or identity.run_name(train_args), args.run_id, seed
-    folder = Path(train_args.checkpoint_dir) / identity.run_stem(*parts)
-    return Job(
-        name, [sys.executable, str(TRAINER), *argv], train_args, runlog.log_path(train_args.logs_dir, *parts), folder
-    )
+        run_args = dataclasses.replace(shared, **settings)
+        common.check_ranges(run_args)
+        fields = {field.name: getattr(run_args, field.name) for field in dataclasses.fields(GPTConfig)}
+        model = GPTConfig(**fields | {"block_size": shared.block_size or shared.T})
+    except ValueError as error:
+        raise UserError(f"{name}: --{error}") from None
+
+    command = [sys.executable, train_single_gpu.__file__, *flags]
+    for setting, value in settings.items():  # of two equal flags the last counts
+        flag = f"--no_{setting}" if value is False else f"--{setting}"
+        command += [flag] if isinstance(value, bool) else [flag, str(value)]
+    folder = runs.folder_of(run_args)
+    return Job(folder.name, run_args, model, command, folder, folder.with_name(f"{folder.name}.out"))
 
 
-def edited_settings(name):
-    """The published values of a variant's settings whose default in train_single_gpu.Args is another one."""
-    dense = is_dense(VARIANTS[name].settings)
-    published = compared_settings(dense) | ({} if dense else {"n_exp": PUBLISHED["n_exp"]})
-    return {name: value for name, value in published.items() if value != getattr(train_single_gpu.Args, name)}
-
-
-def as_flags(settings):
-    flags = []
-    for name, value in settings.items():
-        flags += [f"--{name}"] if value is True else [f"--no_{name}"] if value is False else [f"--{name}", str(value)]
-    return flags
-
-
-def follow(job):
-    """Read the lines that the log has gained. Malformed ones are passed over: the trainer removes or names them."""
-    try:
-        f = open(job.log, "rb")  # noqa: SIM115 - closed below
-    except FileNotFoundError:
+def look_at(job, fingerprint):
+    """Take step and state of a job from its folder; UserError for a run of other settings, or of other data."""
+    if not (job.folder / "log.txt").exists():
         return
-    with f:
-        stat = os.fstat(f.fileno())
-        if stat.st_ino != job.inode or stat.st_size < job.read_to:  # a resumed run has cut and replaced its log
-            job.inode, job.read_to, job.last = stat.st_ino, 0, {}
-        f.seek(job.read_to)
-        new = f.read()
-    new = new[: new.rfind(b"\n") + 1]
-    job.read_to += len(new)
-    for step, stream, value in filter(None, map(runlog.parse_line, new.splitlines())):
-        job.last[stream] = (step, value)
+    args, config, log = job.args, runs.read_config(job.folder), runs.read_log(job.folder)
+    job.step = int(log.step.max()) if len(log) else 0
+    then, remedy = runs.settings_of(config), "pass the same, or another --logs_dir"
+    for field in dataclasses.fields(args):
+        was, now = then.get(field.name, field.default), getattr(args, field.name)  # an older run lacks newer settings
+        if now != was and field.name not in runs.MAY_CHANGE:
+            raise UserError(f"{job.folder} was made with --{field.name} {was}, here it is {now}: {remedy}")
+    if job.step > args.max_steps:
+        raise UserError(f"{job.folder} is at step {job.step} already, here --max_steps is {args.max_steps}: {remedy}")
+    if fingerprint not in (None, config["data"]):
+        raise UserError(f"{job.folder} was trained on other data than {args.data_root} holds: {remedy}")
 
-
-def missing(job):
-    """What a finished run has and this one has not, as text; "" for a finished run."""
-    stream, last = ("val", job.args.max_steps) if job.args.val_loss_every else ("train", job.args.max_steps - 1)
-    if job.last.get(stream, (-1,))[0] < last:
-        return f"no {stream} of step {last} in {job.log}"
-    newest = checkpoint.newest(job.folder) if job.args.save_checkpoint else None
-    if job.args.save_checkpoint and (newest is None or checkpoint.step_of(newest) < job.args.max_steps):
-        return f"no checkpoint of step {job.args.max_steps} in {job.folder}"
-    return ""
-
-
-def check_settings(job):
-    """UserError for a run whose log was made with other settings than the wanted ones.
-
-    A run that is still to be continued may have those changed that the trainer lets change on resume.
-    """
-    record = identity.read_record(job.log) if job.last else {}
-    there = runlog.recorded_settings(record)
-    if there is None:
-        return
-    here = identity.settings_of(job.args) | {"parent": there.get("parent")}
-    here["hellaswag_limit"] = here["hellaswag_limit"] or "auto"  # the trainer chooses by the machine
-    if "settings" not in record:  # made before logs named their data
-        here["data"] = there["data"]
-    pairs = identity.differences(there, here)
-    job.changed = identity.describe(pairs)
-    over = job.state != "waiting" or max(step for step, _ in job.last.values()) > job.args.max_steps
-    fixed = common.hints(train_single_gpu.Args)
-    pairs = {name: pair for name, pair in pairs.items() if over or identity.role(fixed.get(name)).fixed}
-    if "data" in pairs:
-        raise UserError(f"{job}: {job.log} was made with other shards than those in {job.args.data_root}: {REMEDY}")
-    if pairs:
-        raise UserError(f"{job}: {job.log} was made with other settings ({identity.describe(pairs)}): {REMEDY}")
-
-
-REMEDY = "pass the same ones, or another --run_id"
+    # over: the log goes to the end, and so does the newest checkpoint, if any is kept
+    hours = log.value[log.stream == "hours"]
+    in_time = args.max_minutes and len(hours) and 60 * hours.iloc[-1] >= args.max_minutes
+    last_step = min(args.max_steps, args.stop_after or args.max_steps)
+    last_step -= not (log.stream == "val").any()  # val of step s is measured after s updates
+    newest = checkpoint.newest(Path(args.checkpoint_dir, job.name) if args.checkpoint_dir else job.folder)
+    saved = newest is None or checkpoint.step_of(newest) >= job.step
+    if (log.stream == "diverged").any():
+        job.state = "diverged"
+    elif (in_time or job.step >= last_step) and saved:
+        job.state = "done"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Here: a process for each slot
-
-
-def run_here(jobs, slots):
-    """Keep every slot busy until all jobs have run. On Ctrl-C the running ones are told to stop, and waited for."""
-    waiting, busy = [job for job in jobs if job.state == "waiting"], {}
-    show = Display(jobs)
-    asked, heeded = [], 0  # signals are noted, not raised: an exception within Popen would leave a process unknown
-    handlers = {  # SIGTERM, a cluster's notice, counts like Ctrl-C; a process that ignores Ctrl-C (shell &) keeps to it
-        number: signal.signal(number, lambda number, _: asked.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-        if signal.getsignal(number) != signal.SIG_IGN
-    }
-    try:
-        while busy or (waiting and not asked):
-            for slot in range(len(slots)):
-                if slot not in busy and waiting and not asked:
-                    busy[slot] = start(waiting.pop(0), slots[slot], len(slots))
-            time.sleep(0.2)
-            if (n := len(asked)) > heeded:
-                stop(busy.values(), kill=heeded > 0)
-                heeded = n
-            for slot, job in list(busy.items()):
-                if ended(job):
-                    del busy[slot]
-                    if asked and job.state == "failed":  # killed, or stopped while it was still importing
-                        job.state = "interrupted"
-            show.update()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        show.update(final=True)
-    if asked:
-        raise KeyboardInterrupt
-
-
-def start(job, gpu, n_slots):
-    """Start the run on the GPU of that name; None is a share of the CPU."""
-    env = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // n_slots)), **os.environ}
-    if gpu is not None:
-        env["CUDA_VISIBLE_DEVICES"] = gpu
-    job.process = slurm.launch(job.command, job.log, env)
-    job.poll, job.state = job.process.poll, "running"
-    return job
-
-
-def ended(job):
-    """Whether the run is over; its state then says how."""
-    follow(job)
-    code = job.poll()
-    if code is not None:
-        follow(job)  # lines written between the two
-        job.state = {DIVERGED: "diverged", INTERRUPTED: "interrupted"}.get(code, "failed")
-        if code == DONE and not missing(job):
-            job.state = "done"
-    return code is not None
-
-
-def stop(jobs, kill):
-    """Tell the runs to save a checkpoint and end; with `kill`, on a second Ctrl-C, end them at once."""
-    if kill:
-        for job in jobs:
-            job.process.kill()
-    else:
-        print(f"\nstopping: {len(jobs)} runs save a checkpoint; Ctrl-C again to kill them", file=sys.stderr)
-        for job in jobs:  # not SIGINT: a process started with & by a shell ignores it until it has its own handler
-            job.process.terminate()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# On a cluster: a SLURM job for each run
-
-
-def run_on_cluster(jobs, options, cluster):
-    """Submit the waiting jobs and watch their logs. Ctrl-C ends the watching, not the jobs."""
-    todo = [job for job in jobs if job.state == "waiting"]
-    if not todo:
-        return
-    for job, submitted in zip(todo, slurm.submit(todo, options, cluster), strict=True):
-        job.state = "submitted"
-        job.poll = lambda submitted=submitted: slurm.exit_code(submitted)
-    show = Display(jobs)
-    try:
-        while todo:
-            time.sleep(1)
-            todo = [job for job in todo if not ended(job)]
-            show.update()
-    except KeyboardInterrupt:
-        print("\nthe jobs continue without this table; scancel ends them", file=sys.stderr)
-        raise
-    finally:
-        show.update(final=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is shown
-
-ORDER = ("running", "submitted", "failed", "interrupted", "diverged", "done", "waiting")
-
-
-def table(jobs):
-    lines = [f"{'variant':20} {'seed':>6}  {'state':11} {'step':>15} {'val':>8} {'tok/s':>9}"]
-    for job in sorted(jobs, key=lambda job: ORDER.index(job.state)):
-        step = max((step for step, _ in job.last.values()), default=0)
-        val, speed = (f"{job.last[k][1]:.{d}f}" if k in job.last else "-" for k, d in (("val", 4), ("tok_per_sec", 0)))
-        progress = f"{step}/{job.args.max_steps}"
-        lines.append(f"{job.variant:20} {job.args.seed:>6}  {job.state:11} {progress:>15} {val:>8} {speed:>9}")
-    counts = Counter(job.state for job in jobs)
-    return [*lines, "  ".join(f"{counts[state]} {state}" for state in ORDER if counts[state])]
-
-
-class Display:
-    """The table, redrawn in a terminal; elsewhere a line for each change of state."""
-
-    def __init__(self, jobs):
-        self.jobs, self.shown, self.drawn = jobs, {}, 0.0
-
-    def update(self, final=False):
-        if sys.stdout.isatty() and not final:
-            if time.monotonic() - self.drawn > 1:
-                self.drawn = time.monotonic()
-                height = os.get_terminal_size().lines - 2
-                *rows, total = table(self.jobs)
-                print("\x1b[H\x1b[J" + "\n".join([*rows[:height], total]), flush=True)
-            return
-        for job in self.jobs:
-            if self.shown.get(id(job), "waiting") != job.state:
-                print(f"{job}: {job.state}{reason(job)}", flush=True)
-                self.shown[id(job)] = job.state
-        if final:
-            print("\n".join(table(self.jobs)), flush=True)
-
-
-def reason(job):
-    """Why a run failed: the last line on its stderr, or what it should have left behind."""
-    if job.state != "failed":
-        return ""
-    if job.poll() == DONE:
-        return f" - {missing(job)}, though it ended with exit code 0"
-    err = job.log.with_suffix(".err")
-    lines = err.read_text(errors="replace").strip().splitlines() if err.exists() else []
-    return f" - {lines[-1]} (all of it: {err})" if lines else f" - exit code {job.poll()}, nothing in {err}"
-
-
-def estimate(jobs, n_slots, tok_per_sec):
-    """Print every command, then tokens, FLOPs and hours of the steps that are left to do."""
-    flops = {job.variant: flops_per_token(job.args) for job in jobs}
-    speeds = {job.variant: speed for job in jobs if (speed := median_speed(job))}
-    total_tokens = total_flops = total_hours = 0
-    print(f"{'variant':20} {'seed':>6}  {'state':11} {'identity':12} {'tokens':>9} {'FLOPs':>9} {'hours':>7}")
-    for job in jobs:
-        done = job.last["train"][0] + 1 if "train" in job.last else 0
-        left = 0 if job.state in ("done", "diverged") else max(0, job.args.max_steps - done)
-        tokens = left * job.args.total_batch_size
-        # A variant that has not run yet is taken to be as slow as the slowest that has.
-        speed = tok_per_sec or speeds.get(job.variant) or min(speeds.values(), default=None)
-        hours = tokens / speed / 3600 if speed else float("nan")
-        total_tokens, total_hours = total_tokens + tokens, total_hours + hours
-        total_flops += tokens * flops[job.variant]
-        known = identity.read_record(job.log).get("identity", "-")
-        cost = f"{tokens:9.3g} {tokens * flops[job.variant]:9.3g} {hours:7.2f}"
-        print(f"{job.variant:20} {job.args.seed:>6}  {job.state:11} {known:12} {cost}")
-    print(f"{'all':20} {'':>6}  {'':11} {'':12} {total_tokens:9.3g} {total_flops:9.3g} {total_hours:7.2f}")
-    if np.isnan(total_hours):
-        print("hours are not known before a run has logged its speed: give --tok_per_sec")
-    else:
-        print(f"{total_hours / n_slots:.2f} hours on the clock with {n_slots} at once")
-    for job in jobs:
-        print(shlex.join(job.command))
-
-
-def median_speed(job):
-    """Tokens per second in the log, None where it cannot be read or has none."""
-    try:
-        streams = runlog.read(job.log)
-    except (UserError, OSError):
-        return None
-    return float(np.median(streams["tok_per_sec"][1])) if "tok_per_sec" in streams else None
-
-
-def flops_per_token(args):
-    with torch.device("meta"), warnings.catch_warnings():  # shapes without memory
-        warnings.simplefilter("ignore")
-        return GPT(train_single_gpu.model_config(args)).estimate_flops_per_token(args.T)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def visible_gpus():
-    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    count = torch.cuda.device_count()
-    names = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(i) for i in range(count)] if names is None else [name.strip() for name in names.split(",")][:count]
+# Here, one process per slot; or on a cluster, one SLURM job per run
 
 
 def slots_of(args):
-    """The name of a GPU for each process that runs at once; None stands for a share of the CPU."""
-    if args.jobs is not None and args.gpus:
-        raise UserError("--jobs is for the CPU and --gpus for GPUs: leave out one of them")
-    if args.jobs is not None:
-        return [None] * args.jobs
-    visible = visible_gpus()
+    """The GPU of each run at a time, as CUDA_VISIBLE_DEVICES names it; None without GPUs."""
+    visible = [str(i) for i in range(torch.cuda.device_count())]
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        visible = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[: len(visible)]
     for gpu in args.gpus:
-        if gpu not in visible:
-            there = f"there are {' '.join(visible)}" if visible else "this process sees no GPU: use --jobs"
-            raise UserError(f"--gpus {gpu} is not available: {there}")
-    return list(args.gpus) or visible or [None]
+        if gpu not in visible:  # such a run would train on the CPU
+            raise UserError(f"--gpus {gpu}: not among the visible GPUs ({' '.join(visible) or 'none'})")
+    gpus = args.gpus or visible or [None]
+    return [gpus[i % len(gpus)] for i in range(args.jobs or len(gpus))]
 
 
-def parse(argv):
-    """Args, and the trainer's flags after `--`."""
-    cut = argv.index("--") if "--" in argv else len(argv)
+def launch(command, out, env):
+    """The trainer as a process that prints to the end of the file `out`.
+
+    It has a session of its own: Ctrl-C in the terminal and SLURM's SIGUSR2 must not end it before it has saved.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out, "a") as file:
+        file.write(f"$ {shlex.join(command)}\n")
+        file.flush()
+        return subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def run_here(todo, slots):
+    """Keep every slot busy until all jobs have run, or the first Ctrl-C. Returns whether it was told to stop."""
+    stop, told, began = common.Stop(), False, time.monotonic()
+    waiting, free, busy = list(todo), list(slots), {}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // len(slots)))}
     try:
-        args = common.parse(Args, argv[:cut])
-    except UserError:
-        names = {name.removeprefix("no_") for name in map(setting_of, argv[:cut]) if name}
-        theirs = [name for name in common.hints(train_single_gpu.Args) if name in names - common.hints(Args).keys()]
-        if theirs:
-            raise UserError(
-                f"--{theirs[0]} is a setting of the trainer: put it after `--`, as in sweep.py ... -- --{theirs[0]} ..."
-            ) from None
+        while busy or (waiting and not stop.requested):
+            while waiting and free and not stop.requested:
+                job, gpu = waiting.pop(0), free.pop(0)
+                env = threads | os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+                busy[launch(job.command, job.out, env)] = job, gpu
+                job.state = "running"
+                print(f"{job.name}: running", flush=True)
+            time.sleep(0.2)
+            if stop.requested and not told:
+                told = True
+                for process in busy:  # not SIGINT, which a process started with & by a shell may ignore
+                    process.terminate()
+            for process, (job, gpu) in list(busy.items()):
+                code = process.poll()
+                if code is not None:
+                    del busy[process]
+                    free.append(gpu)
+                    ended(job, INTERRUPTED if told and code < 0 else code, todo, began)
+    except BaseException as error:  # a second Ctrl-C does not wait for checkpoints; a full disk leaves no run behind
+        for process in busy:
+            process.kill() if isinstance(error, KeyboardInterrupt) else process.terminate()
         raise
-    if args.cluster and not args.slurm:
-        raise UserError("--cluster says where --slurm submits to: give --slurm too, or leave it out")
-    return args, argv[cut + 1 :]
+    return told
+
+
+class TrainJob:
+    """The function that a node runs. submitit pickles it, and calls `checkpoint` on pre-emption and time-out."""
+
+    def __init__(self, command, out):
+        self.command, self.out = command, out
+
+    def __call__(self):
+        self.process = launch(self.command, self.out, os.environ)
+        while self.process.poll() is None:
+            time.sleep(0.2)
+        return self.process.returncode
+
+    def checkpoint(self):
+        """Let the trainer save and end; the job that submitit queues again resumes from there."""
+        from submitit.helpers import DelayedSubmission
+
+        self.process.send_signal(signal.SIGTERM)
+        # Not process.wait(): this runs in a signal handler, perhaps within poll() above, which holds Popen's lock.
+        os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return DelayedSubmission(TrainJob(self.command, self.out))
+
+
+def run_on_cluster(todo, words):
+    """Submit the jobs with submitit's parameters, `name=value`, and wait. Ctrl-C ends the waiting, not the jobs."""
+    import submitit
+    from submitit.core.utils import FailedJobError, UncompletedJobError
+
+    try:
+        given = dict(word.split("=", 1) for word in words)
+        given = {name: int(value) if value.isdigit() else value for name, value in given.items()}
+        cluster = given.pop("cluster", "slurm")
+        requeue = {f"{cluster}_max_num_timeout": 1000}
+        executor = submitit.AutoExecutor(todo[0].folder.parent / "submitit", cluster, **requeue)
+        defaults = {"name": "moe-sweep", "timeout_min": 1440, "gpus_per_node": 1, "cpus_per_task": 8}
+        executor.update_parameters(**defaults | given)
+    except (RuntimeError, ValueError, NameError, AssertionError) as error:
+        raise UserError(f"--slurm needs name=value, such as timeout_min=60 slurm_partition=gpu: {error}") from None
+
+    with executor.batch():
+        submitted = [executor.submit(TrainJob(job.command, job.out)) for job in todo]
+    began, busy = time.monotonic(), dict(zip(submitted, todo, strict=True))
+    for handle, job in busy.items():
+        job.state = "submitted"
+        print(f"{job.name}: submitted, scancel {handle.job_id} ends it", flush=True)
+    while busy:
+        time.sleep(1)
+        for handle in [handle for handle in busy if handle.done()]:
+            try:
+                code = handle.result()
+            except (UncompletedJobError, FailedJobError):  # ended by the cluster
+                code = 1
+            ended(busy.pop(handle), code, todo, began)
+
+
+def ended(job, code, todo, began):
+    """Take the state of a job from its exit code; print it, and the time left as the jobs so far suggest it."""
+    job.state = {DONE: "done", DIVERGED: "diverged", INTERRUPTED: "interrupted"}.get(code, "failed")
+    if job.state == "failed":
+        lines = job.out.read_text(errors="replace").strip().splitlines() if job.out.exists() else ["no output"]
+        job.reason = f" with exit code {code}: {lines[-1]} (all of it: {job.out})"
+    n_left = sum(other.state in ("waiting", "running", "submitted") for other in todo)
+    minutes = (time.monotonic() - began) / 60 * n_left / (len(todo) - n_left)
+    print(f"{job.name}: {job.state}{job.reason}; {n_left} left, about {minutes:.0f} min", flush=True)
+
+
+def show_table(jobs):
+    """Print a row per run: state, last step, last validation loss."""
+    print(f"{'run':40} {'state':11} {'step':>9} {'val':>8}")
+    for job in jobs:
+        step = val = math.nan
+        if (job.folder / "log.txt").exists():
+            log = runs.read_log(job.folder)
+            step = log.step.max()
+            val = log.value[log.stream == "val"].iloc[-1:].max()  # nan without any
+        print(f"{job.name:40} {job.state:11} {step:9} {val:8.4f}")
+
+
+def show_cost(jobs, n_slots, tok_per_sec):
+    """Print every command with tokens and FLOPs of the steps that are left, and the sum."""
+    total_tokens = total_flops = 0
+    for job in jobs:
+        steps = job.args.max_steps - job.step if job.state == "waiting" else 0
+        tokens = steps * job.args.total_batch_size
+        with torch.device("meta"):  # shapes without memory
+            flops = tokens * GPT(job.model).estimate_flops_per_token(job.args.T)
+        total_tokens += tokens
+        total_flops += flops
+        print(f"{job.name}: {job.state}, {tokens:.3g} tokens, {flops:.3g} FLOPs\n    {shlex.join(job.command)}")
+    hours = total_tokens / (tok_per_sec or math.nan) / 3600
+    print(f"all: {total_tokens:.3g} tokens, {total_flops:.3g} FLOPs, {hours:.3g} hours at --tok_per_sec {tok_per_sec}, "
+          f"{hours / n_slots:.3g} with {n_slots} at a time")
 
 
 def main():
-    args, flags = parse(sys.argv[1:])
-    jobs = make_jobs(args, flags)
+    args, flags = common.parse(Args, unknown=True)
+    jobs = plan(args, flags)
     slots = [None] * len(jobs) if args.slurm else slots_of(args)
-    if args.slurm:
-        slurm.parameters(args.slurm, args.cluster)  # refused before anything starts
-    if args.dry_run:
-        return estimate(jobs, len(slots), args.tok_per_sec)
+    fingerprint = None if args.slurm or args.dry_run else data.fingerprint(jobs[0].args.data_root)
     for job in jobs:
-        if job.state == "waiting" and "checkpoint" in (lost := missing(job)):
-            print(f"{job}: {lost}: it is trained again from the newest one", flush=True)
-        if job.state == "waiting" and job.changed:
-            print(f"{job}: continues with other settings ({job.changed}); another --run_id starts it anew", flush=True)
-    if not args.slurm:  # on a cluster the shards may lie on its nodes alone
-        for root in {job.args.data_root for job in jobs if job.state == "waiting"}:
-            dataloader.fingerprint(root)  # refused once, not by every run
-    if args.slurm:
-        run_on_cluster(jobs, args.slurm, args.cluster or "slurm")
-    else:
-        run_here(jobs, slots)
-    bad = [job for job in jobs if job.state in ("failed", "interrupted")]
-    if bad:
-        first = f"{bad[0]} {bad[0].state}{reason(bad[0])}"
-        raise UserError(f"{len(bad)} of {len(jobs)} runs did not finish: {first}; the same command resumes them")
+        look_at(job, fingerprint)
+    if args.dry_run:
+        return show_cost(jobs, len(slots), args.tok_per_sec)
+
+    todo, stopped = [job for job in jobs if job.state == "waiting"], False
+    if args.slurm and todo:
+        run_on_cluster(todo, args.slurm)
+    elif todo:
+        stopped = run_here(todo, slots)
+    show_table(jobs)
+    if stopped:
+        return INTERRUPTED
+    failed = [job for job in jobs if job.state in ("failed", "interrupted")]
+    if failed:
+        raise UserError(f"{len(failed)} of {len(jobs)} runs did not finish, first {failed[0].name}{failed[0].reason}; "
+                        "the same command resumes them")
 
 
 if __name__ == "__main__":

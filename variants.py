@@ -28,7 +28,7 @@ ONE_SHARED = {"n_shared_exp": 1, "top_k": 1, "gate": "softmax"}  # as many activ
 ISO = {"expert_hidden": "iso"}  # as many active parameters as dense, but for the router
 QUARTER = AUX | ISO | {"n_exp": 16, "top_k": 4}
 QUANTILE = {"use_quantile_balance": True}
-SWITCH_MLP = {"mlp_init": "switch", "mlp_init_scale": 1.0}
+SWITCH_MLP = {"mlp_init": "switch"}
 MUON = {"optimizer": "muon"}
 
 LADDER = (  # the published ablation: each adds one trick to the one before
