@@ -33,11 +33,13 @@ import torch.nn.functional as F
 
 from lab.common import AboveZero, FiniteAboveZero, Fraction, NotNegative, Positive, Rate, check_ranges
 from lab.kernels import (
-    ExpertMLPs,
     Gelu,
     KVCache,
     at_least_float32,
+    combine,
     compute_dtype,
+    dispatch,
+    grouped_linear,
     linear_cross_entropy,
     sort_by_expert,
 )
@@ -348,15 +350,14 @@ class Experts(nn.Module):
         self.fc_bias = nn.Parameter(torch.empty(E, 1, H)) if config.bias else None
         self.proj_bias = nn.Parameter(torch.empty(E, 1, D)) if config.bias else None
 
-    def forward(self, x_TD, expert_TK, gate_TK, plan):
+    def forward(self, x_TD, gate_TK, plan):
         """x (T, D) in the compute type -> (T, D), the chosen experts' outputs weighted by the gates."""
         fc, proj = self.c_fc.to(x_TD.dtype), self.c_proj.to(x_TD.dtype)
         fc_bias = proj_bias = None
         if self.fc_bias is not None:
             fc_bias, proj_bias = self.fc_bias.to(x_TD.dtype).squeeze(1), self.proj_bias.to(x_TD.dtype).squeeze(1)
-        return ExpertMLPs.apply(
-            x_TD, expert_TK, gate_TK, fc, fc_bias, proj, proj_bias, plan.row_N, plan.pair_N, plan.ends_E
-        )
+        h_NF = Gelu.apply(grouped_linear(dispatch(x_TD, plan), fc, fc_bias, plan))
+        return combine(grouped_linear(h_NF, proj, proj_bias, plan), gate_TK, plan)
 
 
 class MoE(nn.Module):
@@ -400,7 +401,7 @@ class MoE(nn.Module):
         if capacity is not None:
             kept_TK = (plan.place_N < capacity).view(self.config.top_k, -1).t()
             gate_TK = gate_TK * kept_TK
-        return self.experts(x_TD, routing.expert_TK, gate_TK, plan)
+        return self.experts(x_TD, gate_TK, plan)
 
     def forward(self, x, dropless=False):
         """x (B, S, D) -> output (B, S, D) and {name: scalar} of the router losses that are on."""

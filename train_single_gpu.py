@@ -495,12 +495,14 @@ def run(args):
         raise UserError(f"out of memory ({reason}): lower --B, or pass --recompute blocks") from None
     finally:
         this.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def main():
-    return run(read_args())
+    try:
+        return run(read_args())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as activation_checkpoint
 
 from lab.common import UserError
+from lab.kernels import chunk_loss
 
 
 class Machine(NamedTuple):
@@ -156,8 +157,10 @@ def parallelize(model, args, machine):
         # Blocks are DDP's own overlap of compute and reduction; its optimizer would split each of them again.
         torch._dynamo.config.optimize_ddp = False
         for block in model.transformer.h:
-            block.forward = torch.compile(block.forward)
-        model.cross_entropy = torch.compile(model.cross_entropy)
+            # Compiled, F.grouped_mm takes bfloat16 alone: in float32 the blocks of experts run eager.
+            if machine.dtype == torch.bfloat16 or not block.is_moe:
+                block.forward = torch.compile(block.forward)
+        model.cross_entropy = functools.partial(model.cross_entropy, chunk_loss=torch.compile(chunk_loss))
     if args.recompute == "blocks":
         for block in model.transformer.h:
             block.forward = computed_again(block.forward)
