@@ -1,57 +1,67 @@
-# make demo | test | test-eval | test-slurm | lint | figures | bench | gpu: each sets up what it needs in .venv.
+# make demo | test | test-eval | lint | figures | bench | gpu: each sets up what it needs in .venv.
 # make test PYTHON=python3.13: the same with that Python, in an environment of its own, .venv-python3.13.
 
 PYTHON ?= python3
 VENV := .venv$(if $(filter command,$(origin PYTHON)),-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
 
+# Dense, MoE and balanced MoE, two seeds each, on the text of Python's own standard library: no download, a few minutes.
+DEMO := --data_root data/bytes --vocab_size 257 --n_layer 4 --n_head 4 --n_embd 128 --T 64 --B 32 --stride 1 \
+	--total_batch_size 2048 --max_steps 450 --max_lr 4e-3 --warmup_steps 50 --val_loss_every 50 --val_tokens 65536 \
+	--hellaswag_every 0 --sample_from_model_every 0 --device cpu --logs_dir logs/demo
 demo: $(VENV)/run
-	$(RUN) demo.py
+	$(RUN) fineweb.py --stdlib --tokenizer bytes --out data/bytes
+	$(RUN) sweep.py --variants no_moe only_moe aux_only --seeds 1 2 --jobs 2 $(DEMO)
+	$(RUN) compare.py logs/demo --baseline no_moe
+	$(RUN) sample.py --checkpoint logs/demo/aux_only_seed_1 --prompt "def " --max_new_tokens 200
+	$(RUN) routes.py --checkpoint logs/demo/aux_only_seed_1 --out routes/demo
+	FIGURES=demo $(MAKE) --no-print-directory figures
+	@echo "next: edit Args in train_single_gpu.py and train, or pass flags:"
+	@echo "  $(RUN) train_single_gpu.py --name mine $(filter-out --logs_dir logs/demo,$(DEMO)) --top_k 1 --gate softmax"
+	@echo "  $(RUN) compare.py logs"
+	@echo "  routes/demo: which expert takes which token; docs/add_a_trick.md: your own router"
 
 test: lint
-	$(RUN) -m pytest -n 2 --dist worksteal --ignore=tests/test_slurm.py
+	$(RUN) -m pytest -n 2 --dist worksteal
 
-test-eval: $(VENV)/eval
+# lm-evaluation-harness on an exported model.
+test-eval: $(VENV)/dev
+	$(RUN) -m pip install -q --disable-pip-version-check "lm-eval[hf]==0.4.13"
 	$(RUN) -m pytest tests/test_lm_eval.py
-
-# A sweep on a SLURM of one node, which the test starts; without SLURM it says how to install it.
-test-slurm: $(VENV)/dev
-	$(RUN) -m pytest -rs tests/test_slurm.py
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(RUN) tests/test_imports.py
 
-# Runs the notebook and prints what its cells print.
+# Runs the notebook: results/ and your own logs/ as figures.
 figures: $(VENV)/dev
 	MPLBACKEND=Agg $(RUN) -c "import nbformat, nbclient; n = nbformat.read('plot_results.ipynb', as_version=4); \
 	nbclient.NotebookClient(n).execute(); \
 	print(*(o.text for c in n.cells for o in c.get('outputs', []) if o.get('name') == 'stdout'), sep='', end='')"
 
 bench: $(VENV)/run
-	for part in step scale moe tokenize loader hellaswag sample; do $(RUN) -m bench $$part || exit; done
+	$(RUN) bench.py step
+	$(RUN) bench.py scale
 
-# Nine minutes on a GPU: results/gpu/DEVICE/report.md. `make gpu MINUTES=30` measures more.
-MINUTES ?= 9
-gpu: $(VENV)/run
-	$(RUN) -m bench gpu --minutes $(MINUTES)
+# The first quarter of an hour on a GPU (docs/gpu.md): each result is written under results/gpu/ at once.
+gpu: $(VENV)/dev
+	-$(RUN) -m pytest tests/test_gpu.py
+	$(RUN) bench.py step
 
 # A .venv of Python 3.11 or newer is kept, whoever made it (uv leaves out pip, hence ensurepip); any other is made anew.
 NEW_ENOUGH := -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null
+INSTALL := -m pip install -q --disable-pip-version-check
 $(VENV)/run: requirements.txt
 	@$(RUN) $(NEW_ENOUGH) || $(PYTHON) $(NEW_ENOUGH) || \
 		{ echo "error: $(PYTHON) is not Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
-	$(RUN) $(NEW_ENOUGH) || $(PYTHON) -m venv --clear $(VENV)
-	$(RUN) -m pip --version || $(RUN) -m ensurepip
-	$(RUN) -m pip install --disable-pip-version-check -r requirements.txt
-	touch $@
+	@$(RUN) $(NEW_ENOUGH) || $(PYTHON) -m venv --clear $(VENV)
+	@$(RUN) -m pip --version > /dev/null || $(RUN) -m ensurepip
+	@echo "installing requirements.txt into $(VENV) (a few minutes the first time)"
+	@$(RUN) $(INSTALL) -r requirements.txt
+	@touch $@
 
 $(VENV)/dev: $(VENV)/run requirements-dev.txt
-	$(RUN) -m pip install --disable-pip-version-check -r requirements-dev.txt
-	touch $@
+	@$(RUN) $(INSTALL) -r requirements-dev.txt
+	@touch $@
 
-$(VENV)/eval: $(VENV)/dev requirements-eval.txt
-	$(VENV)/bin/pip install --disable-pip-version-check -r requirements-eval.txt
-	touch $@
-
-.PHONY: demo test test-eval test-slurm lint figures bench gpu
+.PHONY: demo test test-eval lint figures bench gpu
