@@ -1,17 +1,28 @@
-"""kernels.py against plain references, outputs and all gradients. The docstrings there name these references."""
+"""lab/kernels.py against plain references, outputs and all gradients. Whole MoE layers in float64: test_model.py."""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import SETTINGS, gradients, make, tokens
 
-from bench import moe as bench_moe
-from bench import timing
-from lab import kernels
-from model import GPT, GPTConfig
+from lab import devices, kernels
 
-# -- references
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def values_and_gradients(function, grad, *tensors):
+    """[function(*tensors), gradients of the tensors]; a tensor may be None."""
+    leaves = [t if t is None else t.clone().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    out.backward(grad)
+    return [out.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+
+
+# -- cross-entropy
 
 
 def full_cross_entropy(h, weight, targets, reduction="mean"):
@@ -19,100 +30,29 @@ def full_cross_entropy(h, weight, targets, reduction="mean"):
     return F.cross_entropy(h @ weight.t(), targets.clamp(min=-1), ignore_index=-1, reduction=reduction)
 
 
-def sort_with_python(expert_TK, n_exp):
-    """Plan by Python's sort, which is stable: choice 0 of all tokens, then choice 1, ..."""
-    expert_N = [e for choices in expert_TK.t().tolist() for e in choices]
-    pair_N = sorted(range(len(expert_N)), key=expert_N.__getitem__)
-    row_N = [pair_N.index(n) for n in range(len(expert_N))]
-    place_N = [expert_N[:n].count(e) for n, e in enumerate(expert_N)]
-    count_E = [expert_N.count(e) for e in range(n_exp)]
-    return row_N, pair_N, place_N, count_E, [sum(count_E[: e + 1]) for e in range(n_exp)]
-
-
-def dispatch_by_index(x_TD, plan):
-    """Row i is the token of the pair in sorted row i."""
-    return torch.stack([x_TD[pair % len(x_TD)] for pair in plan.pair_N.tolist()])
-
-
-def combine_by_loop(y_ND, gate_TK, plan):
-    """One token and one choice at a time."""
-    T, K = gate_TK.shape
-    rows = [[plan.row_N[k * T + t] for k in range(K)] for t in range(T)]
-    return torch.stack([sum(gate_TK[t, k] * y_ND[rows[t][k]] for k in range(K)) for t in range(T)])
-
-
-def loop_over_experts(x_ND, weight_EDF, bias_EF, ends_E):
-    """One product per expert."""
-    starts = [0, *ends_E.tolist()]
-    return torch.cat([
-        x_ND[start:end] @ weight_EDF[e] + (0 if bias_EF is None else bias_EF[e])
-        for e, (start, end) in enumerate(itertools.pairwise(starts))
-    ])  # fmt: skip
-
-
-def experts_by_loop(x_TD, expert_TK, gate_TK, fc, fc_bias, proj, proj_bias):
-    """One token and one choice at a time, torch's own GELU."""
-    out = []
-    for x, experts, gates in zip(x_TD, expert_TK, gate_TK, strict=True):
-        hidden = [x @ fc[e] + (0 if fc_bias is None else fc_bias[e]) for e in experts]
-        hidden = [F.gelu(h, approximate="tanh") for h in hidden]
-        rows = [h @ proj[e] + (0 if proj_bias is None else proj_bias[e]) for h, e in zip(hidden, experts, strict=True)]
-        out.append(sum(gate * row for gate, row in zip(gates, rows, strict=True)))
-    return torch.stack(out)
-
-
-# -- cross-entropy
-
-
-def random_loss_inputs(ignored=-1):
-    generator = torch.Generator().manual_seed(0)
-    h, weight = (torch.randn(n, 8, dtype=torch.float64, generator=generator) for n in (65, 50))
-    targets = torch.randint(50, (65,), generator=generator)
-    targets[::9] = ignored
-    return h, weight, targets
-
-
 @pytest.mark.parametrize("ignored", [-1, -100])
 @pytest.mark.parametrize("rows_per_chunk", [1, 7, 32, 100])
 def test_chunked_cross_entropy(rows_per_chunk, ignored, monkeypatch):
     """The same loss and gradients, and the same loss without gradients and per position."""
     monkeypatch.setitem(kernels.LOGITS_PER_CHUNK, "cpu", rows_per_chunk * 50)
-    h, weight, targets = random_loss_inputs(ignored)
+    h, weight, targets = randn(65, 8), randn(50, 8, seed=1), torch.arange(65) % 50
+    targets[::9] = ignored
     results = []
     for loss_of in (kernels.linear_cross_entropy, full_cross_entropy):
-        h_, weight_ = h.clone().requires_grad_(), weight.clone().requires_grad_()
-        loss = loss_of(h_, weight_, targets)
-        (2 * loss).backward()
+        found = values_and_gradients(lambda h, weight, f=loss_of: f(h, weight, targets), torch.tensor(2.0), h, weight)
         with torch.no_grad():
-            per_position = loss_of(h, weight, targets, "none")
-            results.append((loss.detach(), h_.grad, weight_.grad, loss_of(h, weight, targets), per_position))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
-    assert (results[0][4][targets < 0] == 0).all()
+            results.append([*found, loss_of(h, weight, targets), loss_of(h, weight, targets, "none")])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+    assert (results[0][-1][targets < 0] == 0).all()
 
 
-@pytest.mark.slow
-def test_compiled_cross_entropy(monkeypatch):
-    """It takes the gradient of the logits by comparison, not by a scatter: losses and gradients are the same."""
-    monkeypatch.setitem(kernels.LOGITS_PER_CHUNK, "cpu", 32 * 50)
-    h, weight, targets = random_loss_inputs()
-    loss_of, results = kernels.linear_cross_entropy_with_z_loss, []
-    for loss in (loss_of, torch.compile(loss_of, backend="aot_eager", fullgraph=True)):
-        h_, weight_ = h.clone().requires_grad_(), weight.clone().requires_grad_()
-        losses = loss(h_, weight_, targets, 0.1)
-        losses[0].backward()
-        results.append([*losses, h_.grad, weight_.grad])
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("n_rows, rows", [(1, 128), (2048, 1024), (8192, 1664), (16384, 1920), (2049, 1152)])
-def test_large_chunks_have_a_multiple_of_128_rows_and_are_below_32_mb(n_rows, rows):
-    assert kernels.chunk_rows(torch.empty(n_rows, 1), torch.empty(4096, 1)) == rows
-    assert 4 * rows * 4096 < 2**25
-
-
-def test_chunks_of_a_large_vocabulary_have_equal_size():
-    assert kernels.chunk_rows(torch.empty(1024, 1), torch.empty(50304, 1)) == 147
+def peak_bytes(run):
+    """Most bytes that tensors made by run() held at one time."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,174 +62,159 @@ def test_chunked_cross_entropy_holds_one_chunk_at_a_time(dtype, monkeypatch):
 
     def peak(rows):
         h, targets = torch.randn(rows, 8, dtype=dtype, requires_grad=True), torch.arange(rows)
-        return timing.peak_bytes("cpu", lambda: kernels.linear_cross_entropy(h, weight, targets))
+        return peak_bytes(lambda: kernels.linear_cross_entropy(h, weight, targets))
 
     assert peak(256) < peak(64) + 64 * 1000  # bytes; a chunk in float32 has four times as many
 
 
+@pytest.mark.slow
+def test_the_compiled_chunk_is_one_graph_and_gives_the_same_loss(monkeypatch):
+    monkeypatch.setitem(kernels.LOGITS_PER_CHUNK, "cpu", 32 * 50)
+    h, weight, targets = randn(64, 8), randn(50, 8, seed=1), torch.arange(64) % 50
+    targets[::9] = -1
+
+    def loss_by(chunk_loss):
+        def loss_of(h, weight):
+            return kernels.linear_cross_entropy(h, weight, targets, chunk_loss=chunk_loss)
+
+        return values_and_gradients(loss_of, torch.tensor(1.0), h, weight)
+
+    compiled = torch.compile(kernels.chunk_loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(loss_by(compiled), loss_by(kernels.chunk_loss), rtol=1e-12, atol=1e-14)
+
+
 def test_second_derivatives_of_the_chunked_loss_are_refused():
-    h, weight, targets = random_loss_inputs()
-    h.requires_grad_()
-    loss = kernels.linear_cross_entropy(h, weight, targets)
+    h = randn(5, 8).requires_grad_()
+    loss = kernels.linear_cross_entropy(h, randn(50, 8, seed=1), torch.arange(5))
     (grad,) = torch.autograd.grad(loss**2, h, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 
-# -- dispatch and combine
-
-
-def random_plan(T, K, E):
-    expert_TK = torch.rand(T, E, generator=torch.Generator().manual_seed(0)).topk(K).indices
-    return expert_TK, kernels.sort_by_expert(expert_TK, E)
-
-
-@pytest.mark.parametrize("T, K, E", [(1, 1, 1), (37, 3, 5), (6, 2, 9), (20, 4, 4)])
-def test_sort_by_expert(T, K, E):
-    expert_TK, plan = random_plan(T, K, E)
-    assert [part.tolist() for part in plan] == list(sort_with_python(expert_TK, E))
-
-
-@pytest.mark.parametrize("T, K, E", [(1, 1, 1), (37, 3, 5), (20, 4, 4)])
-def test_dispatch_and_combine(T, K, E):
-    _, plan = random_plan(T, K, E)
-    generator = torch.Generator().manual_seed(1)
-    shapes = ((T, 6), (T * K, 6), (T, K))
-    x, y, gate = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    assert torch.equal(kernels.dispatch(x, plan.pair_N), dispatch_by_index(x, plan))
-    for ours, gates in (
-        (kernels.combine(y, gate, plan.row_N), gate), (kernels.sum_rows(y, plan.row_N, T), torch.ones(T, K))
-    ):  # fmt: skip
-        torch.testing.assert_close(ours, combine_by_loop(y, gates.double(), plan), rtol=1e-12, atol=1e-12)
-
-
 # -- GELU
 
 
-@pytest.mark.parametrize("shape", [(3,), (300, 1000)])  # the second: more than two parts, the last not full
+@pytest.mark.parametrize("shape", [(4, 3), (300, 1000)])  # the second: more than two parts, the last not full
 def test_gelu(shape):
-    x = 3 * torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    results = []
-    for gelu in (kernels.Gelu.apply, lambda x: F.gelu(x, approximate="tanh")):
-        x_ = x.clone().requires_grad_()
-        y = gelu(x_)
-        y.backward(x.flip(0))
-        results.append((y.detach(), x_.grad))
-    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-14)
-    assert torch.equal(kernels.gelu_forward(x.t() if x.dim() == 2 else x), results[0][0].t())
+    x, grad = 3 * randn(*shape), randn(*shape, seed=1)
+    ours = values_and_gradients(kernels.Gelu.apply, grad, x)
+    torch.testing.assert_close(ours, values_and_gradients(lambda x: F.gelu(x, approximate="tanh"), grad, x))
+    assert torch.equal(kernels.Gelu.apply(x[::2]), ours[0][::2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gelu_has_the_precision_of_its_type(dtype):
     x = torch.tensor([-100.0, -9.0, -3.0, -0.75, -1e-4, 0.0, 1e-4, 0.75, 3.0, 9.0, 100.0, 3e38], dtype=dtype)
-    exact = F.gelu(x.double(), approximate="tanh")
-    torch.testing.assert_close(
-        kernels.gelu_forward(x).double(),
-        exact,
-        rtol=4 * torch.finfo(dtype).eps,
-        atol=1e-3 * torch.finfo(dtype).eps ** 0.5,
-    )
+    exact, eps = F.gelu(x.double(), approximate="tanh"), torch.finfo(dtype).eps
+    torch.testing.assert_close(kernels.Gelu.apply(x).double(), exact, rtol=4 * eps, atol=1e-3 * eps**0.5)
 
 
-# -- the experts
-
-ROW_COUNTS = [  # of eight experts: none, fewer than a window, whole windows, a remainder, few or none before
-    [0, 5, 64, 193, 0, 63, 65, 1],
-    [130, 0, 1, 0, 70, 0, 0, 0],
-    [3, 2, 4, 70, 128, 1100, 500, 0],
-    [0, 0, 0, 0, 0, 0, 0, 9],
-]
-FLOAT64, FLOAT32, BFLOAT16 = (torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)
+# -- sort, dispatch, grouped products, combine
 
 
-@pytest.mark.parametrize("counts", ROW_COUNTS)
-@pytest.mark.parametrize("D, H", [(16, 24), (24, 16)])
+def sort_with_python(expert_TK, n_exp):
+    """Plan by Python's sort, which is stable: choice 0 of all tokens, then choice 1, ..."""
+    expert_N = expert_TK.t().flatten().tolist()
+    pair_N = sorted(range(len(expert_N)), key=expert_N.__getitem__)
+    count_E = [expert_N.count(e) for e in range(n_exp)]
+    return {
+        "row_N": [pair_N.index(n) for n in range(len(expert_N))],
+        "pair_N": pair_N,
+        "place_N": [expert_N[:n].count(e) for n, e in enumerate(expert_N)],
+        "expert_N": sorted(expert_N),
+        "count_E": count_E,
+        "ends_E": list(itertools.accumulate(count_E)),
+    }
+
+
+SIZES = [(1, 1, 1), (37, 3, 5), (6, 2, 9), (20, 4, 4)]
+
+
+def random_choices(T, K, E):
+    return torch.rand(T, E, generator=torch.Generator().manual_seed(0)).topk(K).indices
+
+
+@pytest.mark.parametrize("T, K, E", SIZES)
+def test_sort_by_expert(T, K, E):
+    expert_TK = random_choices(T, K, E)
+    plan = kernels.sort_by_expert(expert_TK, E)
+    assert {name: part.tolist() for name, part in plan._asdict().items()} == sort_with_python(expert_TK, E)
+
+
+@pytest.mark.parametrize("T, K, E", SIZES)
+def test_dispatch_and_combine(T, K, E):
+    plan = kernels.sort_by_expert(random_choices(T, K, E), E)
+    pairs, rows = plan.pair_N.tolist(), plan.row_N.tolist()
+    x, y, gate, grad = randn(T, 6), randn(T * K, 6, seed=1), randn(T, K, seed=2), randn(T, 6, seed=3)
+
+    def combine_by_loop(y, gate):
+        return torch.stack([sum(gate[t, k] * y[rows[k * T + t]] for k in range(K)) for t in range(T)])
+
+    ours = values_and_gradients(lambda x: kernels.dispatch(x, plan), y, x)
+    theirs = values_and_gradients(lambda x: torch.stack([x[pair % T] for pair in pairs]), y, x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    ours = values_and_gradients(lambda y, gate: kernels.combine(y, gate, plan), grad, y, gate)
+    torch.testing.assert_close(ours, values_and_gradients(combine_by_loop, grad, y, gate), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("counts", [[0, 5, 64, 193, 0, 63, 65, 1], [130, 0, 1, 0, 70, 0, 0, 0], [0, 0, 0, 9]], ids=str)
+@pytest.mark.parametrize("D, H", [(16, 24), (24, 16), (7, 5)])  # the last: no whole 16 bytes
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("dtype, tolerance", [FLOAT64, FLOAT32, BFLOAT16])
-def test_experts_on_sorted_rows(dtype, tolerance, with_bias, D, H, counts):
-    check_experts(dtype, tolerance, with_bias, D, H, counts)
-
-
-@pytest.mark.parametrize("counts", ROW_COUNTS)
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("dtype, tolerance", [FLOAT32, BFLOAT16])
-def test_experts_on_sorted_rows_as_on_cuda(dtype, tolerance, with_bias, counts, monkeypatch):
-    """F.grouped_mm, which also runs on the CPU."""
-    monkeypatch.setattr(kernels, "uses_grouped_mm", lambda x: True)
-    check_experts(dtype, tolerance, with_bias, 16, 24, counts)
-
-
-def check_experts(dtype, tolerance, with_bias, D, H, counts):
-    """Output and gradients of tokens that are sorted already, of which each chooses one expert."""
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_grouped_linear(dtype, tolerance, with_bias, D, H, counts):
+    """Rows of many experts, some without any, against a product per expert in float64."""
     N, E = sum(counts), len(counts)
-    rows, ends = torch.arange(N), torch.tensor(counts).cumsum(0, dtype=torch.int32)
-    expert_N1 = torch.arange(E).repeat_interleave(torch.tensor(counts))[:, None]
-    shapes = (N, D), (N, 1), (E, D, H), (E, H), (E, H, D), (E, D), (N, D)
-    x, gate, fc, fc_bias, proj, proj_bias, grad = (
-        torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes
-    )
-    leaves = [x, gate.to(torch.promote_types(dtype, torch.float32)), fc / D**0.5, fc_bias, proj / H**0.5, proj_bias]
-    if not with_bias:
-        leaves[3] = leaves[5] = None
+    plan = kernels.sort_by_expert(torch.arange(E).repeat_interleave(torch.tensor(counts))[:, None], E)
+    x, weight, bias, grad = randn(N, D), randn(E, D, H, seed=1), randn(E, H, seed=2), randn(N, H, seed=3)
+    tensors = [t.to(dtype) for t in ([x, weight, bias] if with_bias else [x, weight])] + [None] * (not with_bias)
 
-    def ours(x, gate, *weights):
-        return kernels.ExpertMLPs.apply(x, expert_N1, gate, *weights, rows, rows, ends)
+    def product_per_expert(x, weight, bias):
+        parts = [part @ weight[e] for e, part in enumerate(x.split(counts))]
+        return torch.cat([part if bias is None else part + bias[e] for e, part in enumerate(parts)])
 
-    def reference(x, gate, fc, fc_bias, proj, proj_bias):
-        h = F.gelu(loop_over_experts(x, fc, fc_bias, ends), approximate="tanh")
-        return gate * loop_over_experts(h, proj, proj_bias, ends)
-
-    results = []
-    for run, to in ((ours, lambda t: t), (reference, torch.Tensor.double)):
-        copies = [t if t is None else to(t).clone().requires_grad_() for t in leaves]
-        y = run(*copies)
-        y.backward(to(grad))
-        results.append([y.detach(), *(t.grad for t in copies if t is not None)])
-    assert [t.dtype for t in results[0]] == [dtype, *(t.dtype for t in leaves if t is not None)]
-    for a, b in zip(*results, strict=True):
-        assert ((a.double() - b).norm() / b.norm()).item() < tolerance
+    ours = values_and_gradients(lambda *args: kernels.grouped_linear(*args, plan), grad.to(dtype), *tensors)
+    exact = [t if t is None else t.double() for t in tensors]
+    theirs = values_and_gradients(product_per_expert, grad.to(dtype).double(), *exact)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype and (a.double() - b).norm() <= tolerance * b.norm()
 
 
-@pytest.mark.parametrize("T, K, E", [(1, 1, 1), (37, 3, 5), (20, 4, 4)])
-@pytest.mark.parametrize("biases", ["both", "neither"])
-def test_expert_mlps(T, K, E, biases):
-    """Outputs and all gradients; the gate of the last token is 0, as that of a pair over capacity."""
-    expert_TK, plan = random_plan(T, K, E)
-    generator = torch.Generator().manual_seed(1)
-    shapes = ((T, 6), (T, K), (E, 6, 10), (E, 10), (E, 10, 6), (E, 6))
-    tensors = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
-    tensors[1][-1] = 0
-    if biases == "neither":
-        tensors[3] = tensors[5] = None
-    grad = torch.randn(T, 6, generator=generator, dtype=torch.float64)
-    results = []
-    for run in (
-        lambda x, *more: kernels.ExpertMLPs.apply(x, expert_TK, *more, plan.row_N, plan.pair_N, plan.ends_E),
-        lambda x, *more: experts_by_loop(x, expert_TK, *more),
-    ):
-        leaves = [t if t is None else t.clone().requires_grad_() for t in tensors]
-        out = run(*leaves)
-        out.backward(grad)
-        results.append([out.detach(), *(leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None)])
-    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-12)
+# -- what keeps memory or time: the cache, blocks that are computed again
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_moe_layer_keeps_few_bytes_for_backward(dtype):
-    """In units of the input's bytes: 4 K = 8 for the pre-activations, 1 for the input, the rest per token or pair."""
-    layer = GPT(GPTConfig(n_exp=8, n_layer=1, n_embd=192, n_head=1, vocab_size=1, block_size=1)).transformer.h[0].mlp
-    (ours,) = (i for i in bench_moe.implementations(layer, dtype) if (i.part, i.name) == ("layer", "ours"))
-    assert 9 < bench_moe.kept_units(ours, dtype, bench_moe.new_inputs(layer, 64, dtype, 0)) < 10
+@pytest.mark.parametrize("name", ["dense", "qk_norm", "tight", "all_tricks"])
+@torch.no_grad()
+def test_the_cache_gives_the_logits_of_the_whole_sequence(name):
+    model = make(**SETTINGS[name]).double().eval()
+    idx, cache, hidden = tokens(S=20)[0], model.new_cache(2), []
+    for start, end in ((0, 5), (5, 6), (6, 13), (13, 20)):
+        hidden.append(model.hidden_states(idx[:, start:end], cache=cache, dropless=True))
+    logits = model.lm_head(torch.cat(hidden, 1))
+    torch.testing.assert_close(logits, model(idx, dropless=True).logits, rtol=1e-9, atol=1e-9)
 
 
-def test_products_of_bfloat16_rows_have_few_shapes():
-    """oneDNN compiles a kernel for each: routing changes with every batch and must not bring new ones."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = set()
-    for _ in range(200):
-        load = torch.rand(8, generator=generator) ** 3
-        ends = torch.multinomial(load, 4096, replacement=True, generator=generator).bincount(minlength=8).cumsum(0)
-        sizes |= {end - low for _, low, _, end in kernels.row_windows(ends.tolist(), torch.bfloat16)}
-    sizes = {size for size in sizes if size > 64}  # fewer only where the very first rows are an expert's own
-    assert {size % 64 for size in sizes} == {0} and len(sizes) < 30
+@pytest.mark.parametrize("name", ["aux_step", "quantile_sigmoid"])
+def test_blocks_computed_again_change_no_bit_and_take_less_memory(name):
+    """Gradients of two micro-batches, the router's statistics, what is counted over the step, the random state."""
+    results, kept = [], {False: 0, True: 0}
+    for again in (False, True):
+
+        def keep(tensor, again=again):
+            kept[again] += tensor.nbytes
+            return tensor
+
+        model = make(**SETTINGS[name], n_embd=32, dropout=0.1)
+        if again:
+            for block in model.transformer.h:
+                block.forward = devices.computed_again(block.forward)
+        model.start_step()
+        for seed in range(2):
+            torch.manual_seed(seed)
+            idx, targets = tokens(S=32, seed=seed)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                loss = model(idx, targets).loss
+            loss.backward()
+        state = {"loss": loss.detach(), "random": torch.get_rng_state()}
+        results.append(state | dict(model.named_buffers()) | gradients(model))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    assert kept[True] < 0.5 * kept[False]
