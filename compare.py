@@ -1,521 +1,400 @@
-"""Groups of runs in a table, and the difference of each group to a baseline: how large, how sure, and what it costs.
+"""Groups of runs in a table, and the difference of each to a baseline: how large, how sure, and what it costs.
 
-    python runlog.py logs                                      # a row per group
-    python runlog.py logs --baseline no_moe                    # each group minus dense of the same shared settings
-    python runlog.py logs --baseline no_moe,max_steps=2596     # minus this one: equal FLOPs, each on its own schedule
+    python compare.py logs                                             # a row per group
+    python compare.py logs --baseline no_moe                           # each group minus dense
+    python compare.py results/equal --baseline no_moe,max_steps=2596   # minus this dense model: equal FLOPs
+    python compare.py logs --baseline no_moe --best_rate               # each arm at its own best learning rate
+    python compare.py logs/equal --keep results/equal                  # what tables and figures need, some 50 kB
+    python compare.py logs/no_moe_seed_1 --against results/reference/llmc_gpt2_124M.csv
 
-A group is the runs of one name whose settings differ in nothing but the seeds; identity.py says which settings count.
-Logs from before runs had an identity are grouped by the settings they recorded, logs without a JSON by their name.
-The baseline of a group is the one that agrees with it in most shared settings: all but those of a variant.
+A folder holds runs (lab/runs.py) or is an experiment that --keep wrote (lab/results.py). A group is the runs of one
+name whose settings differ in the seeds alone. Its baseline is the group of the baseline's name that differs from it in
+the fewest settings. Compared are groups of equal validation text and length; what --baseline names may differ.
 
-Difference: the last val of a group minus that of its baseline, in nats, with its 95 % interval and the p-value of a
-t-test. Only runs that are ok count. Where the data change with the seed (--data_seed), runs of equal seed and data are
-pairs, and the test is the paired one. Where every run sees the same data, a seed is no pair, because models of other
-shape draw other initial weights from it; then the test is Welch's. Holm's method corrects p over the rows of a table.
+Difference: mean last val minus that of the baseline, in nats, with a 95 % interval and the p of a t-test. A seed counts
+once: repeats are averaged. Runs that failed (diverged, stuck, regressed) are counted, not averaged. Where the order of
+the data follows the seed (--data_seed) equal seeds are pairs: paired test. Where every run sees the same data they are
+none, as models of other shape draw other weights: Welch's test. Holm's method corrects p for the rows of the table;
+--names makes a smaller one. Outcome, the first rule that holds:
 
-Outcome, the first rule that applies. A failed run is one that diverged, got stuck or regressed (runlog.py).
-
-    breaks              half or more of the runs failed, and less than half of the baseline's
-    works               less than half of the runs failed, and half or more of the baseline's
+    breaks, works       more, fewer runs failed than of the baseline, and Fisher's exact test gives p below 0.05
+    mixed               runs failed and that test does not decide; survivors are no sample and get no interval
     -                   too few runs for an interval
-    mixed               a larger part of the runs failed than of the baseline's
     no difference seen  the interval holds zero: it says how large a difference may still be there
     mixed               the interval does not hold zero, but p after Holm's correction is 0.05 or more
     works, harms        the loss is lower, higher, and p after Holm's correction is below 0.05
+
+Effective speedup x: the tokens, FLOPs or hours that the baseline would need to reach a run's loss, over those of the
+run, by loss = limit + scale / tokens ** exponent through baselines of three lengths. FLOPs are without Muon's own.
 """
 
-import dataclasses
+import json
 import math
-import re
-from typing import NamedTuple
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
 
+from lab import common, results, runs
+from lab.common import NotNegative, UserError
+
+# isort: split
 import numpy as np
 import pandas as pd
-from scipy import stats
+import tyro
+from scipy import optimize, stats
 
-import curves
-import identity
-import runlog
-import sweep
-import train_single_gpu
-from identity import PUBLISHED, name_part
-from lab.common import UserError
+from lab.results import LOADS, MEASURED, NUMBERS, as_text
+from variants import VARIANTS
 
-SEEDS = ("seed", "data_seed")  # the settings in which the runs of a group may differ
-LENGTH = ("max_steps", "max_minutes", "decay_steps", "parent")  # baselines for a power law differ in these alone
-SAME_VAL = ("data", "vocab_size", "val_loss_steps")  # losses are comparable only where these are equal
-SIZES = ("n_exp", "n_embd", "max_steps", "max_lr", "warmup_steps")  # groups of a variant are sorted by these
+ADDED = ("group", "settings", "rate", "tokens", "flops")
+NOT_COUNTED = (*MEASURED, *ADDED, *runs.SEEDS, *runs.UNCOUNTED, "val_loss_every", "hellaswag_every")
+SIZES = ("n_exp", "n_embd", "max_steps", "max_lr", "muon_lr", "warmup_steps")  # order of the groups of one name
+VAL_TEXT = ("data", "tokenizer", "vocab_size", "T", "val_tokens")  # losses are comparable only where these agree
+LENGTH = ("max_steps", "max_minutes", "decay_steps")  # the baselines of one power law differ in these alone
+RATES, BUDGETS = ("max_lr", "muon_lr"), ["tokens", "flops", "hours"]
+CHECKS = (  # of --against: stream, first and last step, largest gap that other data explain, what a larger one means
+    ("train", 0, 0, 0.1, "initialisation, vocabulary, or a loss that is no mean of nats per token"),
+    ("grad_norm", 0, 0, 2.0, "a smaller batch, which has a larger norm, or embedding and head that are not tied"),
+    ("lr", 0, math.inf, 2e-6, "max_lr, warmup_steps, or max_steps, the horizon of the schedule"),
+    ("train", 1, 100, 0.15, "the learning rate if lr is off, else batch size, betas, clipping"),
+    ("val", 101, 1000, 0.06, "the data or their order, or the learning rate"),
+    ("val", 1001, math.inf, 0.03, "data, weight decay or min_lr; a wrong schedule shows as 0.1 and more"),
+)
 FAILED = ("diverged", "stuck", "regressed")
-SIGNIFICANT = 0.05
-STEADY = 1.25  # runs of one group whose hours differ by a larger factor shared their machine: no hours are compared
+NO_TEST = {"low": math.nan, "high": math.nan, "p": math.nan}
+NOTHING = {"minus": math.nan, "pairs": 0, "test": "", **NO_TEST}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Groups
 
 
-def group_key(run):
-    """Equal for the runs of one group: same name, same settings but for the seeds, same changes on resume."""
-    settings = run.settings
-    if settings is None:
-        return run.name, None
-    changes = run.meta.get("changes") or None
-    return given_name(run), identity.identity(settings | {"changes": changes}, without=SEEDS)
+def in_words(table, without=()):
+    """Name and settings of each row as text: runs of equal rows are one group."""
+    return table[["name", *(column for column in table if column not in (*NOT_COUNTED, *without))]].map(as_text)
 
 
-def given_name(run):
-    """A log's name without its data seed; "" for a name that the trainer made of the settings, which decide then."""
-    settings = run.settings
-    known = [field.name for field in dataclasses.fields(train_single_gpu.Args) if field.name in settings]
-    args = train_single_gpu.Args(**{name: settings[name] for name in known})
-    if run.name == identity.run_name(args):
-        return ""
-    return re.sub(rf"_data_seed_{settings.get('data_seed')}(?=_|$)", "", run.name)
+def add_groups(table):
+    """The runs sorted, with the number of their group and, in `settings`, how it differs from others of its name."""
+    order = {name: i for i, name in enumerate(VARIANTS)}
+    by = ["order", "name", *(size for size in SIZES if size in table)]
+    table = table.assign(order=table.name.map(order).fillna(len(order)), settings="")
+    table = table.sort_values(by, ignore_index=True).drop(columns="order")
+    words = in_words(table)
+    table["group"] = words.groupby(list(words), sort=False).ngroup()
+    for _, rows in words.groupby("name"):
+        kinds = rows.nunique().sort_values(ascending=False, kind="stable")
+        for column in kinds.index[kinds > 1]:
+            table.loc[rows.index, "settings"] += ", " + column + " " + rows[column]
+    table["settings"] = table.settings.str.removeprefix(", ")
+    table["tokens"] = table.step * table.get("total_batch_size", math.nan)
+    table["flops"] = table.tokens * table.flops_per_token
+    return table
 
 
-def group(runs):
-    """[runs of one group, ...] in the order of their first run."""
-    groups = {}
-    for run in runs:
-        groups.setdefault(group_key(run), []).append(run)
-    return list(groups.values())
+def at_best_rates(table, selection=()):
+    """The runs of each arm at the rate with the lowest mean val over the selection seeds, without those seeds.
 
-
-def variant(runs):
-    """Name of a group's variant in sweep.py; the log's name of runs that are none."""
-    return sweep.look_of(runs[0]).name
-
-
-def in_order(groups):
-    """Groups in the order of the table of variants, those of one variant from small to large."""
-    order = {name: i for i, name in enumerate(sweep.VARIANTS)}
-
-    def place(runs):
-        settings = runs[0].settings or {}
-        return order.get(variant(runs), len(order)), *(settings.get(name) or 0 for name in SIZES)
-
-    return sorted(groups, key=place)
-
-
-def differing(all_settings):
-    """For each of several settings, {name: value} of the names in which they differ, most values first; {} for None."""
-    known = [settings for settings in all_settings if settings is not None]
-    names = dict.fromkeys(name for settings in known for name in settings if name not in SEEDS)
-    distinct = {name: len({str(settings.get(name, PUBLISHED.get(name))) for settings in known}) for name in names}
-    differ = sorted((name for name in names if distinct[name] > 1), key=lambda name: -distinct[name])
-    return [
-        {} if settings is None else {name: settings.get(name, PUBLISHED.get(name)) for name in differ}
-        for settings in all_settings
-    ]
-
-
-def tell_apart(groups):
-    """For each group, as text, the settings that tell it from the other groups of its variant; "" if it is alone.
-
-    Values that more than half of all groups have are left out.
+    An arm is a group but for its rates; a rate at which a selection seed failed is not chosen. Rates within 0.1 % are
+    tied. `rate`: whether the best is the arm's own, at the edge of its rates, or the only one, shared with others.
     """
-    names, texts = [variant(runs) for runs in groups], [""] * len(groups)
-    all_settings = [runs[0].settings for runs in groups]
-    for name in {name for name in names if names.count(name) > 1}:
-        mine = [i for i, other in enumerate(names) if other == name]
-        for i, found in zip(mine, differing([all_settings[i] for i in mine]), strict=True):
-            special = {key: value for key, value in found.items() if not is_usual(all_settings, key, value)}
-            texts[i] = describe_group(groups[i][0], special)
-    return texts
+    selection, found = set(selection or sorted(set(table.seed))[: table.seed.nunique() // 2]), []
+    for _, arm in table.groupby([column for _, column in in_words(table, RATES).items()], sort=False):
+        tried = arm[arm.seed.isin(selection)].groupby("group")
+        whole = tried.state.agg(lambda states: set(states) == {"ok"}) & (tried.seed.nunique() == len(selection))
+        means = tried.val.mean()[whole].sort_values()
+        if not len(means):
+            continue
+        tied = arm[arm.group.isin(means.index[means <= 1.001 * means.iloc[0]])]
+        varied = [rate for rate in RATES if rate in arm and arm[rate].nunique() > 1]
+        words = [f"{rate} {'='.join(sorted(map(as_text, set(tied[rate]))))}" for rate in varied]
+        at_edge = any(set(tied[rate]) <= {arm[rate].min(), arm[rate].max()} for rate in varied)
+        kind = "edge: " if at_edge else "own: " if varied else "shared"
+        best = arm[(arm.group == means.index[0]) & ~arm.seed.isin(selection)]
+        found.append(best.assign(rate=kind + ", ".join(words)))
+    if not found:
+        raise UserError(f"no arm has a rate at which the seeds {sorted(selection)} are ok: other --selection_seeds")
+    return add_groups(pd.concat(found, ignore_index=True))
 
 
-def is_usual(all_settings, name, value):
-    """Whether more than half of several settings have this value."""
-    values = [(settings or {}).get(name, PUBLISHED.get(name)) for settings in all_settings]
-    return values.count(value) > len(values) / 2
+def summarize(table):
+    """(groups, samples): a row per group with means over seeds and their spread; {group: a row per seed that is ok}.
 
-
-def describe_group(run, settings):
-    """Settings as text: `max_lr 0.016, stride 1`; and the steps at which the run was resumed with other ones."""
-    if run.settings is None:
-        return "no settings recorded"
-    words = [name_part(*pair).replace("_" + str(pair[1]), " " + str(pair[1])) for pair in settings.items()]
-    return ", ".join([*words, *(f"changed at step {change['step']}" for change in run.meta.get("changes", []))])
-
-
-def shared_settings(run):
-    """The settings that variants share: all but the seeds and those of a variant."""
-    ofvariant = ("n_exp", *sweep.compared_settings(), *SEEDS)
-    return {name: value for name, value in (run.settings or {}).items() if name not in ofvariant}
-
-
-def disagreement(a, b):
-    """The names of the shared settings in which the runs of two groups differ."""
-    a, b = shared_settings(a[0]), shared_settings(b[0])
-    return [name for name in {**a, **b} if a.get(name, PUBLISHED.get(name)) != b.get(name, PUBLISHED.get(name))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The table
-
-
-def summary(paths, at_step=None):
-    """A pandas.DataFrame with one row per group, from logs, thinned CSVs, folders or `Run`s.
-
-    variant: its name in sweep.py; settings: those that differ from the other groups of that variant; runs, and how many
-    of them ended in each of the STATES but "ok". Then mean and standard deviation over the runs that are ok: the others
-    are counted, not averaged. `step` is the smallest last step averaged; spikes are per run, over all runs, nan where a
-    run does not tell. mid_schedule: some run that is ok was read before the end of its schedule. The other columns as
-    in runlog.table_of_runs.
+    Of a group without a run that is ok the unfinished ones are shown, and marked.
     """
-    return summary_of(group(runlog.as_runs(paths)), at_step)
-
-
-def summary_of(groups, at_step=None):
-    texts = tell_apart(groups)
-    return pd.DataFrame([_row(runs, text, at_step) for runs, text in zip(groups, texts, strict=True)])
-
-
-def measured(runs, at_step=None):
-    """runlog.table_of_runs() of one group, where a run that stopped early is unfinished."""
-    table = runlog.table_of_runs(runs, at_step)
-    early = table.state.isin(("ok", "stuck")) & (table.step < runlog.UNFINISHED * table.step.max())
-    return table.assign(state=table.state.where(~early, "unfinished"))
-
-
-def of_state(runs, table, state="ok"):
-    """The runs of a state that have a val, in the order of their measured() table."""
-    return [run for run, found in zip(runs, table.state, strict=True) if found == state and "val" in run.streams]
-
-
-def mid_schedule(run, at_step=None):
-    """True where the last val is known not to be that of the end of the schedule."""
-    return "max_steps" in (run.settings or {}) and not runlog.at_end(run, at_step)
-
-
-def _row(runs, settings, at_step):
-    table = measured(runs, at_step)
-    good = table[table.state == "ok"]
-    row = {"variant": variant(runs), "settings": settings, "runs": len(table)}
-    row |= {state: int((table.state == state).sum()) for state in runlog.STATES[1:]}
-    row["step"] = int(good.step.min()) if len(good) else int(table.step.max())
-    for column in ("val", "best_val", "hella", "best_hella"):
-        row |= {f"{column}_mean": good[column].mean(), f"{column}_std": good[column].std()}
-    row["spikes"] = table.spikes.mean(skipna=False)
-    row["mid_schedule"] = any(mid_schedule(run, at_step) for run in of_state(runs, table))
-    return row | {column: good[column].mean() for column in ("tok_per_sec", *runlog.LOADS)}
+    groups, samples, seeds = {}, {}, list(runs.SEEDS)
+    for number, rows in table.groupby("group"):
+        failed, state = rows[rows.state.isin(FAILED)], "ok" if "ok" in set(rows.state) else "unfinished"
+        good = rows[(rows.state == state) & ~rows.seed.isin(failed.seed)].groupby(seeds)
+        sample = good[[*NUMBERS, "step", "tokens", "flops"]].mean().join(good.machine.first())
+        means, stds = sample.drop(columns="machine").mean(), sample.drop(columns="machine").std()
+        row = rows.iloc[0].to_dict() | means.to_dict() | stds.add_suffix("_std").to_dict()
+        row |= {"runs": len(rows), "n": rows.groupby(seeds).ngroups, "n_failed": failed.groupby(seeds).ngroups}
+        row |= {"n_ok": len(sample) if state == "ok" else 0, "early": state == "unfinished" and len(sample) > 0}
+        row["failed"] = ", ".join(f"{n} {state}" for state, n in rows.state.value_counts().items() if state != "ok")
+        row["step"] = sample.step.min() if len(sample) else rows.step.max()
+        row["spikes"] = rows.spikes.mean(skipna=False)
+        groups[number], samples[number] = row, sample
+    return pd.DataFrame.from_dict(groups, orient="index"), samples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Differences
 
 
-class Difference(NamedTuple):
-    """Loss of a group minus that of its baseline, nats."""
-
-    minus: float = math.nan  # mean
-    low: float = math.nan  # of the 95 % interval
-    high: float = math.nan
-    p: float = math.nan
-    n: int = 0  # pairs, or the smaller number of runs
-    test: str = ""  # paired or Welch
-    std: float = math.nan  # of the paired differences
-
-
-def difference(losses, baseline):
-    """The Difference between two lists of (pair_key of the run, loss). The docstring of this file says which test."""
-    pairs = np.array(paired(losses, baseline)).reshape(-1, 2)
-    if len(pairs) > 1:
-        apart = pairs[:, 0] - pairs[:, 1]
-        n, minus, widths = len(pairs), apart.mean(), np.ptp(apart)
-    else:
-        a, b = ([loss for _, loss in runs] for runs in (losses, baseline))
-        if not a or not b:
-            return Difference()
-        n, minus, widths = min(len(a), len(b)), np.mean(a) - np.mean(b), max(np.ptp(a), np.ptp(b))
-    if n < 2 or widths < 1e-7:  # less than a digit of the log
-        return Difference(float(minus), n=n)
-    test, std = ("paired", float(apart.std(ddof=1))) if len(pairs) > 1 else ("Welch", math.nan)
-    found = stats.ttest_rel(*pairs.T) if test == "paired" else stats.ttest_ind(a, b, equal_var=False)
-    low, high = found.confidence_interval(0.95)
-    return Difference(float(minus), float(low), float(high), float(found.pvalue), n, test, std)
-
-
-def paired(losses, baseline):
-    """[(loss, loss of the baseline)] of equal seeds and data, where data change with the seed. Repeats are averaged."""
-    means = []
-    for runs in (losses, baseline):
-        keys = dict.fromkeys(key for key, _ in runs)
-        means.append({key: np.mean([loss for other, loss in runs if other == key]) for key in keys})
-    keys = [key for key in means[0] if key in means[1]]
-    return [(means[0][key], means[1][key]) for key in keys] if len({key[1:] for key in keys}) > 1 else []
+def difference(a, b):
+    """Mean of the losses `a` minus that of `b`, Series by (seed, data_seed), with interval, p, test and pairs."""
+    apart, follows = (a - b).dropna(), [losses.index.unique("data_seed").size > 1 for losses in (a, b)]
+    paired = all(follows) and len(apart) > 0
+    n, minus = (len(apart), apart.mean()) if paired else (min(len(a), len(b)), a.mean() - b.mean())
+    found = {"minus": minus, "pairs": n, "test": "paired" if paired else "Welch"} | NO_TEST
+    if n < 2 or max(map(np.ptp, [apart] if paired else [a, b])) < 1e-7:  # less than a digit of the log
+        return found
+    test = stats.ttest_1samp(apart, 0) if paired else stats.ttest_ind(a, b, equal_var=False)
+    low, high = test.confidence_interval(0.95)
+    return found | {"low": low, "high": high, "p": test.pvalue}
 
 
 def holm(p):
-    """p-values corrected for their number by Holm's method; nan stays nan and does not count."""
-    p = np.asarray(p, dtype=float)
-    corrected, largest = np.full(len(p), math.nan), 0.0
-    known = [i for i in np.argsort(p) if not math.isnan(p[i])]
-    for rank, i in enumerate(known):
-        largest = max(largest, min(1.0, p[i] * (len(known) - rank)))
-        corrected[i] = largest
-    return corrected
+    """A Series of p-values corrected for their number by Holm's method; nan does not count."""
+    known = p.dropna().sort_values()
+    return (known * np.arange(len(known), 0, -1)).cummax().clip(upper=1).reindex(p.index)
 
 
-def outcome(found, corrected, failed, failed_baseline):
-    """The outcome of a Difference by the rule in this file's docstring; failed are parts of the runs."""
-    if failed >= 0.5 > failed_baseline:
-        return "breaks"
-    if failed_baseline >= 0.5 > failed:
-        return "works"
-    if math.isnan(found.p):
+def outcome(row, base):
+    """The outcome of a row by the rules at the top of this file."""
+    if row.why:
+        return row.why
+    if row.n_failed + base.n_failed:
+        if stats.fisher_exact([[row.n_failed, row.n_ok], [base.n_failed, base.n_ok]]).pvalue >= 0.05:
+            return "mixed"
+        return "breaks" if row.n_failed * base.n_ok > base.n_failed * row.n_ok else "works"
+    if math.isnan(row.p):
         return "-"
-    if failed > failed_baseline:
-        return "mixed"
-    if found.low <= 0 <= found.high:
+    if row.low <= 0 <= row.high:
         return "no difference seen"
-    if corrected >= SIGNIFICANT:
+    if row.p_holm >= 0.05:
         return "mixed"
-    return "works" if found.minus < 0 else "harms"
+    return "works" if row.minus < 0 else "harms"
 
 
-def failed_part(states):
-    """The part of the runs that failed, of those that did not die at the start and were not stopped early."""
-    known = states[states.isin(("ok", *FAILED))]
-    return known.isin(FAILED).mean() if len(known) else 0.0
-
-
-def least_difference(table):
-    """What the table can see, in words: the spread over seeds and the half-width of a 95 % interval."""
-    free = (table.runs_ok - 1).clip(lower=0)[table.val_std.notna()]
-    if not free.sum():
-        return "no group has two runs that are ok: there is no spread over seeds"
-    spread = math.sqrt((free * table.val_std**2).sum() / free.sum())
-    words = f"standard deviation over seeds {spread:.4f} (pooled, {free.sum()} degrees of freedom)"
-    for test in ("paired", "Welch"):
-        rows = table[table.test == test]
-        if len(rows):
-            n = int(rows.n.median())
-            of_pairs = math.sqrt(((rows.n - 1) * rows["std"] ** 2).sum() / (rows.n - 1).sum())
-            sd, free = (of_pairs, n - 1) if test == "paired" else (spread * math.sqrt(2), 2 * n - 2)
-            width = stats.t.ppf(0.975, free) * sd / math.sqrt(n)
-            of = f", of paired differences {of_pairs:.4f}" if test == "paired" else ""
-            words += f"{of}; with {n} seeds the 95 % interval reaches {width:.4f} to each side ({test}, uncorrected): "
-            words += "a difference measured smaller than that is not told from zero"
-    return words
-
-
-def provenance(groups):
-    """The commits and machines of the runs, in words: a comparison should have one of each."""
-    metas = [run.meta for runs in groups for run in runs]
-    commits = sorted({str(meta.get("commit", "unknown")) for meta in metas})
-    devices = sorted({str(meta.get("device", "unknown")) for meta in metas})
-    shown = ", ".join(commits[:3]) + (f" and {len(commits) - 3} more" if len(commits) > 3 else "")
-    return f"commits: {shown}; machines: {', '.join(devices)}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Baselines
-
-
-def find_baselines(groups, spec):
-    """For each group the number of its baseline; the baseline that most groups have is its own.
-
-    spec: the name of a variant or log, and settings that tell it from others of that name: no_moe,max_steps=2596. With
-    settings it is the baseline of every group.
-    """
-    name, wanted = parse_spec(spec)
-    of_name, named = matching(groups, name), matching(groups, spec)
-    if not named and not of_name:
-        raise UserError(f"--baseline {spec}: no such runs; there are {', '.join(dict.fromkeys(map(variant, groups)))}")
-    if not named or (wanted and len(named) > 1):
-        runs = [groups[i][0] for i in named or of_name]
-        found = differing([run.settings for run in runs])
-        texts = "; ".join(describe_group(*pair) for pair in zip(runs, found, strict=True))
-        raise UserError(
-            f"--baseline {spec}: {len(named)} groups of that name fit ({texts}): give settings as name=value"
-        )
-
-    def distance(i, j):
-        return len(disagreement(groups[i], groups[j]))
-
-    main = max(named, key=lambda j: (sum(not distance(i, j) for i in range(len(groups))), len(groups[j])))
-    others = [main, *(j for j in named if j != main)]
-    return [main if i in named else min(others, key=lambda j: distance(i, j)) for i in range(len(groups))]
-
-
-def parse_spec(spec):
-    """(name, {setting: value as text}) of no_moe,max_steps=2596"""
+def find_baselines(groups, words, spec):
+    """(the number of each group's baseline, the settings named) of a spec such as no_moe,max_steps=2596."""
     name, *pairs = spec.split(",")
-    return name, dict(pair.strip().partition("=")[::2] for pair in pairs)
+    named, fits = dict(pair.partition("=")[::2] for pair in pairs), groups.name == name
+    for setting, value in named.items():
+        fits &= words[setting] == value if setting in words else False
+    if not fits.any():
+        raise UserError(f"--baseline {spec}: no such runs; there are {', '.join(dict.fromkeys(groups.name))}")
+    nearest = pd.Series({i: (words[fits] != words.loc[i]).sum(axis=1).idxmin() for i in groups.index})
+    nearest[fits] = groups.n[fits].idxmax() if fits.all() else nearest[~fits].mode()[0]
+    return nearest, named
 
 
-def matching(groups, spec):
-    """The numbers of the groups with the name and settings of a spec."""
-    name, wanted = parse_spec(spec)
-
-    def fits(run):
-        settings = PUBLISHED | (run.settings or {})
-        return name in (variant([run]), run.name) and all(str(settings.get(k)) == v for k, v in wanted.items())
-
-    return [i for i, runs in enumerate(groups) if fits(runs[0])]
-
-
-def add_differences(table, groups, spec, at_step=None):
-    """summary_of(groups) with the columns of Difference, p_holm, outcome, and the group that is the baseline.
-
-    x_spent_flops, x_spent_tokens: FLOPs and tokens of the runs, relative to the baseline.
-    """
-    chosen = find_baselines(groups, spec)
-    tables = [measured(runs, at_step) for runs in groups]
-    good = [[runlog.cut(run, at_step) for run in of_state(*pair)] for pair in zip(groups, tables, strict=True)]
-    if at_step is None:  # a run that is still in mid-schedule is compared with nothing
-        good = [[run for run in runs if not mid_schedule(run)] for runs in good]
-    losses = [[(curves.pair_key(run), curves.final(run).loss) for run in runs] for runs in good]
-    failed = [failed_part(found.state) for found in tables]
-    comparable = [not set(SAME_VAL) & set(disagreement(groups[i], groups[j])) for i, j in enumerate(chosen)]
-    found = [
-        difference(losses[i], losses[j]) if i != j and comparable[i] else Difference() for i, j in enumerate(chosen)
-    ]
-    corrected = holm([row.p for row in found])
-    added = pd.DataFrame([row._asdict() for row in found])
-    added["p_holm"], added["runs_ok"] = corrected, list(map(len, good))
-    added["baseline"] = [f"{table.variant[j]} {table.settings[j]}".strip() for j in chosen]
-    for currency in ("tokens", "flops"):
-        spent = [
-            np.mean([curves.final(run).spent.get(currency, math.nan) for run in runs] or [math.nan]) for runs in good
-        ]
-        added[f"x_spent_{currency}"] = [spent[i] / spent[j] for i, j in enumerate(chosen)]
-    added["outcome"] = [
-        "baseline" if i == j else outcome(found[i], corrected[i], failed[i], failed[j]) for i, j in enumerate(chosen)
-    ]
-    return table.join(added)
+def unlike(row, base, named):
+    """Why the losses of two groups are not compared, in words; "" where they are."""
+    for name in VAL_TEXT:
+        if name in row.index and as_text(row[name]) != as_text(base[name]):
+            return f"other data or validation text: {name} {as_text(row[name])} and {as_text(base[name])}"
+    if row.early or base.early:
+        return "unfinished: --at_step compares on the way"
+    lengths = [group.step if math.isnan(group.tokens) else group.tokens for group in (row, base) if group.n_ok]
+    by_clock = as_text(row.get("max_minutes")) == as_text(base.get("max_minutes")) != "-"
+    meant = row["name"] != base["name"] and named.keys() & {*LENGTH, "total_batch_size"}
+    return "" if by_clock or meant or len(set(lengths)) < 2 else "other length"
 
 
-def add_speedups(table, groups, spec):
-    """(table with columns of the effective speedup over each group's baseline, the fit in words). curves.py has both.
+def add_differences(groups, samples, words, spec):
+    """The groups with their baseline's number, the difference to it, p after Holm's correction, and the outcome."""
+    nearest, named = find_baselines(groups, words, spec)
+    found = []
+    for i, row in groups.iterrows():
+        base = groups.loc[nearest[i]]
+        why = "baseline" if i == nearest[i] else unlike(row, base, named)
+        apart = NOTHING if why else difference(samples[i].val, samples[nearest[i]].val)
+        if row.n_failed + base.n_failed:
+            apart = apart | NO_TEST
+        found.append(apart | {"base": nearest[i], "why": why, "x_spent": row.flops / base.flops})
+    groups = groups.join(pd.DataFrame(found, index=groups.index))
+    groups["p_holm"] = holm(groups.p)
+    groups["outcome"] = [outcome(row, groups.loc[row.base]) for _, row in groups.iterrows()]
+    return groups
 
-    One value per pair of equal seeds and data, of runs that are ok and at the end of their schedule. The power law is
-    fitted to the runs of the baseline's name and settings, of all their lengths. Without one the columns are nan, and
-    those of hours are where a group's runs are not STEADY.
-    """
-    chosen = find_baselines(groups, spec)
-    finals = [[run for run in of_state(runs, measured(runs)) if runlog.at_end(run)] for runs in groups]
-    laws, words, fits, rows = {}, [], {}, []
-    for j in sorted(set(chosen)):
-        of_law = [i for i in range(len(groups)) if variant(groups[i]) == variant(groups[j])
-                  and set(disagreement(groups[i], groups[j])) <= set(LENGTH)]  # fmt: skip
-        bases = [run for i in of_law for run in finals[i] if "tokens_per_step" in run.meta]
-        points = [(end.spent["tokens"], end.loss) for end in map(curves.final, bases)]
-        name = f"{table.variant[j]} {table.settings[j]}".strip()
-        try:
-            laws[j] = bases, curves.fit_power_law(points), of_law
-        except UserError as error:
-            words.append(f"no effective speedup over {name}: {error}")
+
+def fit_power_law(tokens, losses):
+    """(limit, scale, exponent) of loss = limit + scale / tokens ** exponent, least squares; None if there is no fit."""
+    if tokens.nunique() < 3:
+        return None
+    start, bounds = (0.8 * losses.min(), 0.2 * losses.min(), 0.3), ((0, 0, 0.01), (np.inf, np.inf, 3))
+    law, part = (lambda part, limit, scale, exponent: limit + scale * part**-exponent), tokens / tokens.max()
+    try:
+        limit, scale, exponent = optimize.curve_fit(law, part, losses, start, bounds=bounds)[0]
+    except RuntimeError:  # it did not converge
+        return None
+    on_edge = not 0.0101 < exponent < 2.97 or scale < 1e-6
+    return None if on_edge else (limit, scale * tokens.max() ** exponent, exponent)
+
+
+def add_speedups(groups, samples, words):
+    """The groups with x_tokens, x_flops, x_hours over their baseline, mean and _std, and the power law in words."""
+    words, found = words.drop(columns=list(LENGTH), errors="ignore"), {i: {} for i in groups.index}
+    for i, row in groups.iterrows():
+        alike = [k for k in groups.index if groups.n_ok[k] and (words.loc[k] == words.loc[row.base]).all()]
+        bases = pd.concat([samples[k] for k in alike or [i]])
+        law = fit_power_law(bases.tokens, bases.val)
+        if i in alike or law is None:
             continue
-        law, lengths = laws[j][1], len({tokens for tokens, _ in points})
-        found = f"val = {law.limit:.4f} + {law.scale:.4g} / tokens ** {law.exponent:.4f}"
-        found += f", from {len(points)} runs of {lengths} lengths"
-        fits.setdefault(found, []).append(name)
-    words += [f"x: effective speedup over {', '.join(of)} ({fit}), one value per seed" for fit, of in fits.items()]
-    for i, j in enumerate(chosen):
-        of_law = laws[j][2] if j in laws else []
-        others = finals[i] if of_law and i not in of_law else []
-        others = [run for run in others if "tokens_per_step" in run.meta]
-        pairs = pd.DataFrame([curves.speedup_of_pair(run, *laws[j][:2]) for run in others])
-        pairs = pairs.reindex(columns=curves.CURRENCIES)
-        if not all(steady(finals[k]) for k in (i, *of_law)):
-            pairs["hours"] = math.nan
-        rows.append({f"x_{c}_mean": pairs[c].mean() for c in pairs} | {f"x_{c}_std": pairs[c].std() for c in pairs})
-    return table.join(pd.DataFrame(rows)), "\n".join(words)
-
-
-def steady(runs):
-    """Whether the hours of the runs of one group agree."""
-    hours = [hours for run in runs if (hours := curves.final(run).spent.get("hours"))]
-    return not hours or max(hours) <= STEADY * min(hours)
+        limit, scale, exponent = law
+        ratios = []
+        for seed, run in samples[i][samples[i].index.isin(bases.index)].iterrows():
+            twins = bases[bases.index == seed]  # of the same seed and data: the nearest in length counts
+            twin = twins.iloc[np.log(twins.tokens / run.tokens).abs().argmin()]
+            need = ((twin.val - limit) / (run.val - limit)) ** (1 / exponent)
+            ratios.append(need * twin[BUDGETS].astype(float) / run[BUDGETS].astype(float))
+        ratios = pd.DataFrame(ratios, columns=BUDGETS).add_prefix("x_")
+        # hours count on one machine that no other job slowed down for a while
+        hours = [samples[k].hours for k in (i, *alike)]
+        if {*bases.machine} != {*samples[i].machine} or any(h.max() > 1.25 * h.min() for h in hours):
+            ratios["x_hours"] = math.nan
+        found[i] = ratios.mean().to_dict() | ratios.std().add_suffix("_std").to_dict()
+        law = f"{limit:.4f} + {scale:.4g} / tokens ** {exponent:.4f}, from {len(bases)} runs"
+        found[i]["law"] = f"x: over {groups.name[row.base]}, val = {law} of {bases.tokens.nunique()} lengths"
+    return groups.join(pd.DataFrame.from_dict(found, orient="index"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# As text
+# Output
 
 
-def cells(table):
-    """The table with text in every cell; a dash where there is nothing, and no column of dashes."""
-    shown = table[["variant"]].copy()
-    shown["settings"] = [shorten(text) for text in table.settings]
-    shown["n"] = table.runs
-    shown["failed"] = [", ".join(f"{row[s]} {s}" for s in runlog.STATES[1:] if row[s]) for _, row in table.iterrows()]
-    shown["step"] = table.step
-    shown["val"] = [spread(*pair, 4) for pair in zip(table.val_mean, table.val_std, strict=True)]
-    shown.loc[table.mid_schedule, "val"] += "*"
-    if "minus" in table:
-        main = table.baseline[table.outcome == "baseline"]
-        shown["against"] = table.baseline.where(~table.baseline.isin(main), "")
-        shown["minus baseline [95 %]"] = [
-            interval(*row) for row in zip(table.minus, table.low, table.high, strict=True)
-        ]
-        shown["test"] = [f"{test}, n = {n}" if test else "" for test, n in zip(table.test, table.n, strict=True)]
-        shown["p"] = list(map(p_value, table.p))
-        shown["p (Holm)"] = list(map(p_value, table.p_holm))
-        shown["outcome"] = table.outcome
-        shown["FLOPs"] = [f"x{value:.2f}" if math.isfinite(value) else "-" for value in table.x_spent_flops]
-    else:
-        for column in ("best_val", "hella", "best_hella"):
-            shown[column] = [
-                spread(*pair, 4) for pair in zip(table[f"{column}_mean"], table[f"{column}_std"], strict=True)
-            ]
-        shown["tok_per_sec"] = [dashed(value, 0) for value in table.tok_per_sec]
-    for currency in curves.CURRENCIES:
-        if f"x_{currency}_mean" in table:
-            pairs = zip(table[f"x_{currency}_mean"], table[f"x_{currency}_std"], strict=True)
-            shown[f"x {currency}"] = [spread(*pair, 2) for pair in pairs]
-    shown["spikes"] = [dashed(value, 1) for value in table.spikes]
-    for column in ("max_vio", "worst_vio", "drop_frac", "val_drop"):
-        shown[column] = [dashed(value, 2) for value in table[column]]
-    says = [head for head in shown if head == "val" or not set(map(str, shown[head])) <= {"", "-"}]
-    return shown[says].replace("", "-")
+def hold_against(folder, curve):
+    """One run beside a published curve, a CSV of step, val, train, lr, grad_norm, at shared steps; and a verdict."""
+    log, theirs = runs.read_log(folder), pd.read_csv(curve).set_index("step")
+    log = log[log.stream.isin(theirs.columns) & log.step.isin(theirs.index)]
+    ours = log.pivot_table("value", "step", "stream", aggfunc="last").reindex(columns=theirs.columns)
+    both = pd.concat({"theirs": theirs, "ours": ours, "gap": ours - theirs}, axis=1, join="inner")
+    both = both.swaplevel(axis=1)[list(theirs.columns)]
+    lines = [both[(both.index <= 10) | both["val"].gap.notna()].to_string(na_rep="-", float_format="{:.6g}".format)]
+    off, facts, mine = [], Path(curve).with_suffix(".json"), runs.settings_of(runs.read_config(folder))
+    for name, value in json.loads(facts.read_text("utf-8")).items() if facts.exists() else ():
+        if as_text(mine.get(name)) != as_text(value):
+            lines.append(f"setting: {name} is {as_text(mine.get(name))}, theirs {as_text(value)}")
+    for stream, first, last, allowed, meaning in CHECKS:
+        gap = both[stream].gap.loc[first:last].abs().max()
+        verdict = "not reached" if math.isnan(gap) else "ok" if gap <= allowed else f"off: look at {meaning}"
+        off += [stream] if verdict.startswith("off") else []
+        lines.append(f"{stream}, steps {first} to {last}: gap {gap:.2g}, allowed {allowed:g}: {verdict}")
+    verdict = f"{off[0]} is off first, the rest may follow from it" if off else "the setup agrees as far as this goes"
+    return "\n".join([*lines, f"verdict: {verdict}"])
 
 
-def format_summary(table):
-    """The table as text for a terminal."""
-    return cells(table).to_string(index=False)
-
-
-def report(runs, baseline=None, at_step=None):
-    """The table for a terminal, with differences to a baseline, and notes below."""
-    groups = in_order(group(runs))
-    table = summary_of(groups, at_step)
-    words = []
-    if baseline:
-        table = add_differences(table, groups, baseline, at_step)
-        words = [least_difference(table), provenance(groups)]
-        if at_step is None:
-            table, fits = add_speedups(table, groups, baseline)
-            words.append(fits)
-    return "\n".join([format_summary(table), *words, *notes(table)])
-
-
-def notes(table):
-    """What a mark in the table means, if there is one."""
-    words = []
-    if table.mid_schedule.any():
-        words.append("*: read in mid-schedule, where the learning rate is still high: not the loss of a finished run")
-    return words
-
-
-def spread(mean, std, digits):
-    return dashed(mean, digits) + ("" if math.isnan(std) else f"±{std:.{digits}f}")
-
-
-def interval(minus, low, high):
-    if math.isnan(minus):
+def number(mean, std=math.nan, digits=2):
+    """1.7054±0.0078, 1.7054, or a dash."""
+    if math.isnan(mean):
         return "-"
-    return f"{minus:+.3f}" + ("" if math.isnan(low) else f" [{low:+.3f}, {high:+.3f}]")
+    return f"{mean:.{digits}f}" + ("" if math.isnan(std) else f"±{std:.{digits}f}")
 
 
-def p_value(p):
-    return "< 0.001" if p < 0.001 else dashed(p, 3)
+def cells(groups):
+    """The table with text in every cell, the important columns first, without columns that hold dashes alone."""
+    shown = groups[["name", "settings", "n", "failed"]].astype(str).replace("", "-")
+    rows, rates = [row for _, row in groups.iterrows()], groups.reindex(columns=list(RATES)).map(as_text)
+    shown["val"] = [number(row.val, row.val_std, 4) + "*" * bool(row.early) for row in rows]
+    if "minus" in groups:
+        ends = [f" [{row.low:+.3f}, {row.high:+.3f}]" if row.low == row.low else "" for row in rows]
+        shown["minus baseline [95 %]"] = [f"{row.minus:+.3f}{end}" for row, end in zip(rows, ends, strict=True)]
+        shown["outcome"] = groups.outcome
+        if groups.base.nunique() > 1:
+            shown["against"] = groups.settings[groups.base].replace("", "-").to_numpy()
+        shown["test"] = [f"{row.test}, n = {row.pairs}" if row.test else "-" for row in rows]
+        for column, head in (("p", "p"), ("p_holm", f"p (Holm of {groups.p.count()})")):
+            shown[head] = ["< 0.001" if p < 0.001 else number(p, digits=3) for p in groups[column]]
+        same = [rates.loc[i].equals(rates.loc[base]) for i, base in groups.base.items()]
+        shown["rate"] = groups.get("rate", pd.Series(same, groups.index).map({True: "shared", False: "own"}))
+        shown["FLOPs"] = [f"x{row.x_spent:.2f}" for row in rows]
+        for name in BUDGETS if "x_tokens" in groups else []:
+            shown[f"x {name}"] = [number(row[f"x_{name}"], row[f"x_{name}_std"]) for row in rows]
+    else:
+        for name in ("best_val", "val_bpb", "hella", "best_hella"):
+            shown[name] = [number(row[name], row[f"{name}_std"], 4) for row in rows]
+        shown["tok_per_sec"] = [number(row.tok_per_sec, digits=0) for row in rows]
+    shown["step"] = groups.step.astype(int).astype(str)
+    for name in ("spikes", *LOADS):
+        shown[name] = groups[name].map(number)
+    shown = shown.replace({"+nan": "-", "xnan": "-"})
+    return shown[[head for head in shown if head == "val" or set(shown[head]) != {"-"}]]
 
 
-def dashed(value, digits):
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
+def lay_out(shown, width):
+    """Left-aligned text that fits the terminal: words lose their middle, then columns at the right are left out."""
+    shown, left_out, most = shown.copy(), [], max(24, width // 5)
+    for head in {"name", "settings", "outcome", "against", "rate"} & {*shown}:
+        middle = shown[head].str[: most // 2] + ".." + shown[head].str[2 - most // 2 :]
+        shown[head] = shown[head].where(shown[head].str.len() <= most, middle)
+    while True:
+        rows = [list(shown), *shown.to_numpy().tolist()]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        if sum(widths) + 2 * len(widths) <= width or len(widths) == 1:
+            break
+        left_out.insert(0, shown.columns[-1])
+        shown = shown.iloc[:, :-1]
+    lines = ["  ".join(word.ljust(size) for word, size in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"(no room in {width} columns for {', '.join(left_out)}: COLUMNS=250 shows them)"] if left_out else []
+    return "\n".join(lines)
 
 
-def shorten(settings, most=4):
-    words = settings.split(", ")
-    return ", ".join(words[:most]) + (f", {len(words) - most} more" if len(words) > most else "")
+def notes(table, groups, at_step):
+    """Lines below the table: what it can see, what was averaged and left out, commits and machines."""
+    words = [f"spread over seeds {groups.val_std.median():.4f} (median of the groups)"]
+    if "minus" in groups and groups.p.count():
+        half = (groups.high - groups.low).median() / 2
+        words[0] += f"; intervals reach {half:.4f} to each side (median): less is not told from zero"
+    if (groups.runs > groups.n).any():
+        words.append(f"{(groups.runs - groups.n).sum()} runs are repeats of a seed: seeds are averaged first")
+    if groups.early.any() or at_step is not None:
+        words.append("* or --at_step: read in mid-schedule, where the learning rate is still high")
+    if lost := set(table.name) - set(groups.name):
+        words.append(f"left out, because a selection seed failed at every rate: {', '.join(sorted(lost))}")
+    commits, machines = (", ".join(sorted(set(table[name].map(as_text)))) for name in ("commit", "machine"))
+    laws = groups.law.dropna().unique() if "law" in groups else []
+    return [*words, f"commits: {commits}; machines: {machines}", *laws]
+
+
+@dataclass
+class Args:
+    paths: tyro.conf.Positional[tuple[str, ...]]  # Folders with runs or kept experiments
+    baseline: str = ""  # Name of the group to subtract, with settings if several fit: no_moe,max_steps=2596
+    names: tuple[str, ...] = ()  # Names of the groups in the table, beside the baseline (default: all)
+    at_step: NotNegative | None = None  # Step at which the runs are judged (default: the last of each)
+    best_rate: bool = False  # Choose the learning rate of each arm on some seeds, report on the others
+    selection_seeds: tuple[int, ...] = ()  # Seeds that choose the rate (default: the lower half)
+    keep: str = ""  # Folder to keep the runs in as an experiment
+    against: str = ""  # CSV of a published curve to hold one run against
+
+
+def compare(table, baseline="", best_rate=False, selection_seeds=()):
+    """(groups, samples) of a table of runs, as the command prints them; summarize() says what they hold."""
+    table = add_groups(table)
+    if best_rate:
+        table = at_best_rates(table, selection_seeds)
+    groups, samples = summarize(table)
+    if baseline:
+        words = in_words(table).groupby(table.group).first()
+        groups = add_speedups(add_differences(groups, samples, words, baseline), samples, words)
+    return groups, samples
+
+
+def main():
+    args = common.parse(Args)
+    if args.against:
+        return print(*(hold_against(folder, args.against) for folder in runs.find(args.paths)), sep="\n\n")
+    table, curves = results.read(args.paths, args.at_step)
+    if args.keep:
+        return results.keep(table, curves, args.keep)
+    if args.names:
+        table = table[table.name.isin((*args.names, args.baseline.partition(",")[0]))]
+    groups, _ = compare(table, args.baseline, args.best_rate, args.selection_seeds)
+    print(lay_out(cells(groups), shutil.get_terminal_size((250, 24)).columns))
+    print(*notes(table, groups, args.at_step), sep="\n")
+
+
+if __name__ == "__main__":
+    common.run(main)
