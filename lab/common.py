@@ -61,14 +61,17 @@ def exit_now(code):
     os._exit(code)
 
 
-def exit_quietly_on_interrupt(kind, error, traceback):
-    """sys.excepthook: Ctrl-C while a script still imports torch ends with 130 and without a traceback."""
+def before_main(kind, error, traceback):
+    """sys.excepthook, for what happens while a script is imported: Ctrl-C during `import torch`, a wrong edit of Args."""
     if issubclass(kind, KeyboardInterrupt):
         exit_now(INTERRUPTED)
+    if issubclass(kind, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        exit_now(USER_ERROR)
     sys.__excepthook__(kind, error, traceback)
 
 
-sys.excepthook = exit_quietly_on_interrupt
+sys.excepthook = before_main
 # Idle OpenMP threads spin briefly, then sleep: beside another busy process long spinning makes a step several times
 # as slow. Read when torch loads GNU's OpenMP.
 if "OMP_WAIT_POLICY" not in os.environ:

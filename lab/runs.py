@@ -226,7 +226,7 @@ class Run:
             self.path, self.state = checkpoint.read(source, needs)
         elif is_there and args.resume != "auto":
             raise UserError(f"{self.folder} has no checkpoint yet: delete it and start again, or pass --resume auto")
-        plain = ("step", "hours", "loader", "config", "tokenizer")
+        plain = ("step", "hours", "best", "loader", "config", "tokenizer")
         return args.name, self.state and {key: self.state[key] for key in plain}
 
     def check_unchanged(self):
