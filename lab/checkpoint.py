@@ -70,14 +70,14 @@ def read(path, needs=()):
 
 
 def load(path, needs=()):
-    """The dict that was saved, on the CPU. `model` and `optimizer` of a set are read only where `needs` names one."""
+    """The dict that was saved, on the CPU. `model` and `optimizer` of a set are read only where `needs` names them."""
     state = load_file(Path(path, INDEX) if is_set(path) else path)
     if is_set(path):
         if wrong := sorted(sha256_of_parts(path).items() ^ state.get("parts", {}).items()):
             raise UserError(f"the sharded checkpoint {path} is damaged ({wrong[0][0]}): use an older one")
-        if {*PARTS} & {*needs}:
-            state |= (tensors := empty_tensors(path, "cpu"))
+        if tensors := {part: value for part, value in empty_tensors(path, "cpu").items() if part in needs}:
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(path), no_dist=True)
+            state |= tensors
     if missing := [name for name in needs if name not in state]:
         raise UserError(f"{path} has no {missing[0]}: use a checkpoint written by train_single_gpu.py")
     return state

@@ -14,38 +14,42 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 
 class MoEGPT2Config(PreTrainedConfig):
+    """The settings of GPTConfig that decide the function, under its names but for top_k, which generate() claims."""
+
     model_type = "moe_gpt2"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (transformers' own form)
     attribute_map = {  # noqa: RUF012
-        "hidden_size": "n_embd", "max_position_embeddings": "n_positions",
-        "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
-    }  # fmt: skip
+        "hidden_size": "n_embd", "n_positions": "block_size", "max_position_embeddings": "block_size",
+        "num_attention_heads": "n_head", "num_hidden_layers": "n_layer", "num_experts": "n_exp",
+    }
 
     vocab_size: int = 50304
-    n_positions: int = 1024
-    n_embd: int = 768
+    block_size: int = 1024
     n_layer: int = 12
     n_head: int = 12
-    n_inner: int | None = None  # hidden width of the dense layers; None: 4 * n_embd
-    bias: bool = True
+    n_embd: int = 768
     dropout: float | int = 0.0
+    bias: bool = True
     qk_norm: bool = False  # RMS norm of queries and keys per head, without weights
-    moe_layers: list[int] | tuple[int, ...] = ()  # numbers of the MoE layers; the others are dense
-    num_experts: int = 8
+    n_exp: int = 8  # experts per MoE layer; 1: all layers are dense
     num_experts_per_tok: int = 2
+    stride: int = 2  # every stride-th layer is a MoE layer, from first_dense on
+    first_dense: int = 0
     expert_hidden: int | None = None  # hidden width of an expert; None: 4 * n_embd
-    shared_hidden: int = 0  # hidden width of the MLP that every token passes beside the experts; 0: none
+    n_shared_exp: int = 0  # experts that every token passes, beside the routed ones
     gate: str = "topk_softmax"  # or softmax, sigmoid
     gate_scale: float | int = 1.0
-    balance_bias: bool = False  # a bias on the scores that decides the selection and leaves the gates alone
-    router_noise: bool = False  # learned noise on the router logits, times noise_scale, in training
+    use_noisy_top_k: bool = False  # learned noise on the router logits, times noise_scale, in training
     noise_scale: float | int = 1.0
-    router_float32: bool = False  # router in float32 whatever the type of the model
+    router_use_full_prec: bool = False  # router in float32 whatever the type of the model
+    use_bias_balance: bool = False  # either: a bias on the scores decides the selection and leaves the gates alone
+    use_quantile_balance: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -94,14 +98,15 @@ class Router(nn.Module):
         super().__init__()
         if config.gate not in ("topk_softmax", "softmax", "sigmoid"):
             raise ValueError(f"gate {config.gate!r} is not one of topk_softmax, softmax, sigmoid")
-        self.w_g = nn.Linear(config.n_embd, config.num_experts, bias=False)
-        self.w_noise = nn.Linear(config.n_embd, config.num_experts, bias=False) if config.router_noise else None
-        self.register_buffer("balance_bias", torch.zeros(config.num_experts) if config.balance_bias else None)
+        self.w_g = nn.Linear(config.n_embd, config.n_exp, bias=False)
+        self.w_noise = nn.Linear(config.n_embd, config.n_exp, bias=False) if config.use_noisy_top_k else None
+        biased = config.use_bias_balance or config.use_quantile_balance
+        self.register_buffer("balance_bias", torch.zeros(config.n_exp) if biased else None)
         self.config = config
 
     def product(self, x_TD, linear):
         """x_TD @ linear (T, E), float32."""
-        if not self.config.router_float32:
+        if not self.config.router_use_full_prec:
             return linear(x_TD).float()
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD.float(), linear.weight.float())
@@ -129,7 +134,7 @@ class Experts(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        E, D, H = config.num_experts, config.n_embd, config.expert_hidden or 4 * config.n_embd
+        E, D, H = config.n_exp, config.n_embd, config.expert_hidden or 4 * config.n_embd
         self.c_fc = nn.Parameter(torch.empty(E, D, H))
         self.c_proj = nn.Parameter(torch.empty(E, H, D))
         self.fc_bias = nn.Parameter(torch.empty(E, 1, H)) if config.bias else None
@@ -156,7 +161,8 @@ class MoE(nn.Module):
         super().__init__()
         self.router = Router(config)
         self.experts = Experts(config)
-        self.shared = MLP(config, config.shared_hidden, dropout=0.0) if config.shared_hidden else None
+        shared_hidden = config.n_shared_exp * (config.expert_hidden or 4 * config.n_embd)
+        self.shared = MLP(config, shared_hidden, dropout=0.0) if shared_hidden else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -169,17 +175,18 @@ class MoE(nn.Module):
         return self.dropout(y_TD).view(x.shape)
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     def __init__(self, config, layer):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = Attention(config, layer)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
-        is_moe, hidden = layer in config.moe_layers, config.n_inner or 4 * config.n_embd
-        self.mlp = MoE(config) if is_moe else MLP(config, hidden, config.dropout)
+        after_dense = layer - config.first_dense
+        is_moe = config.n_exp > 1 and after_dense >= 0 and after_dense % config.stride == 0
+        self.mlp = MoE(config) if is_moe else MLP(config, 4 * config.n_embd, config.dropout)
 
-    def forward(self, x, mask, cache):
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(self, x, mask, past_key_values=None):
+        x = x + self.attn(self.ln_1(x), mask, past_key_values)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -187,7 +194,9 @@ class MoEGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MoEGPT2Config
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["balance_bias"]  # noqa: RUF012
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
     accepts_loss_kwargs = True  # the Trainer then gives num_items_in_batch
 
     def __init__(self, config):
@@ -195,7 +204,7 @@ class MoEGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.n_positions, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
@@ -203,6 +212,8 @@ class MoEGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
+        if config.router_use_full_prec:
+            self._keep_in_fp32_modules_strict |= {"w_g", "w_noise"}
 
     def get_input_embeddings(self):
         return self.transformer["wte"]
@@ -223,7 +234,7 @@ class MoEGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
     def forward(
         self, input_ids=None, past_key_values=None, attention_mask=None, position_ids=None, inputs_embeds=None,
         labels=None, use_cache=None, output_hidden_states=None, logits_to_keep=0, num_items_in_batch=None, cache=None,
-    ):  # fmt: skip
+    ):
         """As transformers' GPT2LMHeadModel: labels (B, S) are shifted here and -100 is ignored; without position_ids
         the positions are 0, 1, ... after those in the cache, whatever the attention_mask (generate() gives both).
 
@@ -239,14 +250,14 @@ class MoEGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
             cache = DynamicCache(config=self.config)
         if position_ids is None:
             seen = 0 if cache is None else cache.get_seq_length()
-            if seen + x.shape[1] > self.config.n_positions:
-                raise ValueError(f"{seen + x.shape[1]} tokens are more than the {self.config.n_positions} positions")
+            if seen + x.shape[1] > self.config.block_size:
+                raise ValueError(f"{seen + x.shape[1]} tokens are more than the {self.config.block_size} positions")
             position_ids = torch.arange(x.shape[1], device=x.device)[None] + seen
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
         x = self.transformer["drop"](x + self.transformer["wpe"](position_ids))
         states = [x]
         for block in self.transformer["h"]:
-            x = block(x, mask, cache)
+            x = block(x, mask, past_key_values=cache)
             states.append(x)
         states[-1] = x = self.transformer["ln_f"](x)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
