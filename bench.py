@@ -88,7 +88,7 @@ class Args:
     dist_timeout: Positive = 600  # Seconds until ranks that wait for a dead one stop
     rounds: NotNegative = 9  # Timed rounds
     warmup: Annotated[int, Range(at_least=3)] = 3  # Steps of each model before them, in which kernels compile
-    out: str = "results/bench"  # Folder of the files
+    out: str = "logs/bench"  # Folder of the files
 
 
 class Cell(NamedTuple):
