@@ -2,24 +2,20 @@
 
     LD_PRELOAD=library python fake_cuda.py DATA_ROOT    # a line of JSON per variant and per fault that is put in
 
-Started by test_cuda_path.py; the library is built from fake_cuda.cpp. A variant makes two training steps, compiled,
-with validation, HellaSwag and samples between them, while `Watch` sees every operator.
+Started by test_cuda_path.py; the library is built from fake_cuda.cpp. A variant is the trainer's own loop: two steps,
+compiled, with validation, HellaSwag and samples around them, while `Watch` sees every operator.
 """
 
 import contextlib
+import functools
 import json
 import math
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import moe
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -30,12 +26,11 @@ from torch.utils._pytree import tree_leaves
 
 import hellaswag
 import sample
-import sweep
 import train_single_gpu as trainer
-from lab import common, kernels, optim
-from lab.data import DataLoader
+from lab import devices, kernels, optim
 from lab.tokenizer import get_tokenizer
-from model import GPT
+from model import GPT, MoE, Router, RouterStats
+from variants import VARIANTS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The device
@@ -43,8 +38,8 @@ from model import GPT
 ANSWERS = {
     "is_available": True, "is_initialized": True, "is_bf16_supported": True, "device_count": 1, "current_device": 0,
     "_exchange_device": 0, "_maybe_exchange_device": 0, "_lazy_init": None, "manual_seed_all": None,
-    "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
-}  # fmt: skip
+    "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None, "get_device_name": "fake",
+}
 
 
 def pretend():
@@ -73,33 +68,48 @@ class Generator(torch.Generator):
 # Operators in which the host waits for the device; multinomial checks its probabilities on the host.
 WAITING = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select", "aten::bincount",
-    "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive", "aten::repeat_interleave", "aten::multinomial",
-}  # fmt: skip
-
-
-class Wrong(Exception):
-    pass
+    "aten::_unique2", "aten::repeat_interleave", "aten::multinomial",
+}
+# Of a part of a run: transfers to the host, and uploads that block the host. Samples are four tokens.
+LIMITS = {"step": (1, 2), "validation": (1, 4), "hellaswag": (2, 0), "samples": (9, 1)}
 
 
 def require(good, problem):
     if not good:
-        raise Wrong(problem)
+        raise AssertionError(problem)
 
 
 class Watch(TorchDispatchMode):
-    """Raises Wrong at operands that a kernel refuses, at products in float32 and where the host waits for the device.
+    """Raises at operands that a kernel refuses, at products in float32 and where the host waits for the device.
 
-    Allowed products in float32 have a size `router_width`; None allows none. Counts grouped products; reads, transfers
-    to the host by tolist() and cpu(), whose values are made up; uploads, transfers to the device that block the host.
+    Allowed products in float32 are those of a router with router_use_full_prec. Counts grouped products; reads,
+    transfers to the host by tolist(), cpu() and bool(), whose values are made up; uploads, transfers to the device that
+    block the host.
     """
 
-    def __init__(self, router_width):
+    def __init__(self, args):
         super().__init__()
-        self.router_width, self.grouped = router_width, 0
+        self.router_width, self.grouped = args.n_exp if args.router_use_full_prec else None, 0
         self.start()
 
     def start(self):
         self.reads, self.uploads, self.updated = 0, 0, False
+
+    def check(self, part):
+        """Hold what happened since the last check to the limits of this part of a run."""
+        reads, uploads = LIMITS[part]
+        require(self.reads <= reads, f"{part}: {self.reads} transfers to the host, at most {reads}")
+        require(self.uploads <= uploads, f"{part}: {self.uploads} uploads that block, at most {uploads}")
+        self.start()
+
+    def watched(self, part, function):
+        def call(*args):
+            self.start()
+            result = function(*args)
+            self.check(part)
+            return result
+
+        return call
 
     @classmethod
     def ignore_compile_internals(cls):  # else torch.compile does nothing under this mode
@@ -109,8 +119,7 @@ class Watch(TorchDispatchMode):
         name = op._schema.name
         kwargs = {key: value for key, value in (kwargs or {}).items() if key != "generator"}  # nothing is drawn
         from_cuda = any(x.is_cuda for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
-        waits = name in WAITING or name.startswith("moe::experts")  # the loop over experts reads their loads
-        require(not (waits and from_cuda), f"{name}: the host waits for the device")
+        require(not (name in WAITING and from_cuda), f"{name}: the host waits for the device")
         if name == "aten::_grouped_mm":
             self.grouped += 1
             check_grouped_mm(*args, **kwargs)
@@ -136,10 +145,6 @@ class Watch(TorchDispatchMode):
         self.reads += tensor.is_cuda
         with unset_fake_temporarily():
             return torch.full(tensor.shape, tensor.dtype.is_floating_point, dtype=tensor.dtype)
-
-    def after_update(self, *_):
-        self.updated = True
-
 
 def check_grouped_mm(a, b, offs, *_):
     """Rows (N, D) by experts (E, D, F), or the gradient of the experts, (D, N) by (N, F)."""
@@ -169,135 +174,102 @@ def check_gradients(optimizer, *_):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A run, and its parts
+# A run
 
-TINY = {"vocab_size": 320, "n_layer": 1, "n_head": 4, "n_embd": 64, "n_exp": 8, "T": 32, "B": 2,
-        "total_batch_size": 64, "device": "cuda"}  # fmt: skip
+TINY = {
+    "vocab_size": 320, "n_layer": 2, "n_head": 4, "n_embd": 64, "n_exp": 8, "T": 32, "B": 2, "total_batch_size": 128,
+    "max_steps": 2, "warmup_steps": 1, "val_loss_every": 1, "val_tokens": 128, "hellaswag_every": 1,
+    "sample_from_model_every": 1, "save_checkpoint": False, "device": "cuda", "dtype": "auto",
+}
 EXAMPLE = {"ctx": "the router sends", "endings": ["a token", "tokens", "to two experts", "a token"], "label": 2}
-LIMITS = {"step": (2, 0), "validation": (1, 1), "hellaswag": (1, 0), "samples": (3, 1), "next step": (2, 0)}
 
 
-def new_run(data_root, args, counter, watch):
-    machine = common.set_up_machine(args.device, args.dtype)
-    require(torch.get_float32_matmul_precision() == "highest", "products in float32 are TF32: --router_use_full_prec")
-    with torch.device("cuda"):
-        model = GPT(trainer.model_config(args))
-    data = {"B": args.B, "T": args.T, "vocab_size": args.vocab_size, "device": machine.device}
-    optimizer = optim.build_optimizer(model, args)
-    optimizer.register_step_pre_hook(check_gradients)
-    optimizer.register_step_post_hook(watch.after_update)
-    return SimpleNamespace(
-        args=args, machine=machine, raw_model=model, optimizer=optimizer,
-        model=torch.compile(model, backend=counter, fullgraph=True) if counter else model,
-        loader=DataLoader(data_root, "train", **data), val_loader=DataLoader(data_root, "val", **data),
-        console=SimpleNamespace(bar_over=lambda batches, name: batches), log=SimpleNamespace(error=None),
-        stop=SimpleNamespace(requested=False), progress=trainer.Progress(), saved_at=time.monotonic(),
-    )  # fmt: skip
+def samples(run, model, tokenizer, args, machine, step):
+    prompt = "a" * (args.T - 2)  # the window slides at the third token
+    sample.continue_prompt(model, tokenizer, prompt, 2, 4, 0, machine)
 
 
-def parts_of(run):
-    model, tokenizer = run.raw_model, get_tokenizer("bytes")
-    examples = hellaswag.tokenize([EXAMPLE] * 2, tokenizer)
-    prompt = "a" * (run.args.T - 2)  # the window slides at the third token
-    return {
-        "step": lambda: trainer.train_step(run),
-        "validation": lambda: trainer.validate(model, run.val_loader, 2, run.machine, run.console),
-        "hellaswag": lambda: hellaswag.evaluate(model, examples, run.machine.device),
-        "samples": lambda: sample.continue_prompt(model, tokenizer, prompt, 2, 4, 0, run.machine),
-        "next step": lambda: trainer.train_step(run),
-    }
+def patches(watch, counter):
+    """(owner, name, replacement): what holds the trainer's loop to `watch`, and compiles for `counter`."""
+    build_model, build_optimizer = trainer.build_model, optim.build_optimizer
+    tokenizer = get_tokenizer("bytes")
+
+    def model_on_cuda(*args):
+        with torch.device("cuda"):
+            return build_model(*args)
+
+    def watched_optimizer(*args):
+        optimizer = build_optimizer(*args)
+        optimizer.register_step_pre_hook(check_gradients)
+        optimizer.register_step_post_hook(lambda *_: setattr(watch, "updated", True))
+        return optimizer
+
+    return [
+        (FakeTensor, "cpu", lambda x: watch.read(x)), (FakeTensor, "numpy", lambda x: watch.read(x).numpy()),
+        (FakeTensor, "tolist", lambda x: watch.read(x).tolist()), (FakeTensor, "__bool__", lambda x: x.tolist()),
+        (F, "scaled_dot_product_attention", check_attention),
+        (torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True)),
+        (GPT, "to", lambda model, device: model), (trainer, "build_model", model_on_cuda),
+        (optim, "build_optimizer", watched_optimizer),
+        (trainer, "load_evaluations", lambda *_: (tokenizer, hellaswag.tokenize([EXAMPLE] * 2, tokenizer))),
+        (trainer, "start", lambda *_: None), (trainer, "log_step", lambda *_: watch.check("step")),
+        (trainer, "validate", watch.watched("validation", trainer.validate)),
+        (hellaswag, "evaluate", watch.watched("hellaswag", hellaswag.evaluate)),
+        (trainer, "say_samples", watch.watched("samples", samples)),
+    ]
 
 
-def watch_run(data_root, settings, parts=tuple(LIMITS), compiled=True):
+def watch_run(data_root, settings, compiled=True):
     """{error: None or the text of the first one, graphs: number compiled, grouped: number of grouped products}."""
     torch._dynamo.reset_code_caches()
-    args, counter = trainer.Args(**TINY | settings), CompileCounterWithBackend("eager")
-    watch, error = Watch(args.n_exp if args.router_use_full_prec else None), None
-    with FakeTensorMode(allow_non_fake_inputs=True), watch, contextlib.ExitStack() as patches:
-        for name, read in (("cpu", lambda x: watch.read(x)), ("tolist", lambda x: watch.read(x).tolist())):
-            patches.enter_context(mock.patch.object(FakeTensor, name, read))
-        patches.enter_context(mock.patch.object(F, "scaled_dot_product_attention", check_attention))
-        patches.enter_context(mock.patch.dict(kernels.LOGITS_PER_CHUNK, cuda=2**14))  # two chunks
-        run = new_run(data_root, args, counter if compiled else None, watch)
+    args = trainer.Args(**TINY | settings, data_root=data_root, use_compile=compiled)
+    run = mock.MagicMock(open=lambda: ("fake", None), args=args, state=None, lost=False, last={})
+    watch, counter, error = Watch(args), CompileCounterWithBackend("eager"), None
+    with FakeTensorMode(allow_non_fake_inputs=True), watch, contextlib.ExitStack() as stack:
+        for owner, name, replacement in patches(watch, counter):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        stack.enter_context(mock.patch.dict(kernels.LOGITS_PER_CHUNK, cuda=2**14))  # two chunks
         try:
-            for name in parts:
-                watch.start()
-                parts_of(run)[name]()
-                reads, uploads = LIMITS[name]
-                require(watch.reads <= reads, f"{name}: {watch.reads} transfers to the host, at most {reads}")
-                require(watch.uploads <= uploads, f"{name}: {watch.uploads} uploads that block, at most {uploads}")
+            machine = devices.set_up_machine(args)
+            require(torch.get_float32_matmul_precision() == "highest", "float32 is TF32: --router_use_full_prec")
+            trainer.train(args, machine, run)
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
-        run.loader.pool.shutdown()
     return {"error": error, "graphs": counter.frame_count, "grouped": watch.grouped}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Variants
-
-
-NUMBERS = {"first_dense", "use_switch_tfm_init", "switch_tfm_init_scale", "mlp_init", "mlp_init_scale", "gate_scale",
-           "noise_scale", "expert_hidden", "router_lr_scale", "router_weight_decay", "schedule"}  # fmt: skip
-REST = {"bias": False, "dropout": 0.1, "qk_norm": True, "output_z_loss_weight": 1e-4}
-MORE = {  # settings that no variant has, and several at once
-    "dense, rest": {"n_exp": 1} | REST,
-    "MoE, rest, narrow": {"train_capacity": math.inf, "expert_hidden": 32} | REST,
-    "Muon, shared expert": {"optimizer": "muon", "n_shared_exp": 1},
+RUNS = {
+    "dense": {"n_exp": 1, "qk_norm": True, "bias": False, "dropout": 0.1},
+    "top 2": {},
+    "top 1": {"top_k": 1, "gate": "softmax", "n_shared_exp": 1, "optimizer": "muon", "freeze_router": True},
+    "losses": {"use_noisy_top_k": True, "use_aux_loss": True, "use_router_z_loss": True, "router_use_full_prec": True},
+    "step": {"use_aux_loss": True, "balance_scope": "step", "train_capacity": math.inf, "eval_capacity": math.inf,
+             "use_router_z_loss": True, "z_loss_on": "selected"},
+    "sequence": {"use_aux_loss": True, "balance_scope": "sequence", "gate": "sigmoid", "use_bias_balance": True},
+    "quantile": {"use_quantile_balance": True, "recompute": "blocks", "first_dense": 1},
 }
+NUMBERS = {"use_switch_tfm_init", "switch_tfm_init_scale", "mlp_init", "gate_scale", "noise_scale", "expert_hidden",
+           "n_exp", "top_k", "router_lr_scale", "router_weight_decay", "schedule"}  # the graph is the same
 
 
-def variants():
-    """{name: settings} of the variants in sweep.py that differ in their graph, not in numbers and widths alone, and of
-    MORE. One whose settings are a part of another one's is left out.
-
-    Not Adafactor: torch's reads two norms per parameter.
-    """
-    found = dict(MORE)
-    for variant in sweep.VARIANTS.values():
-        settings = {name: value for name, value in variant.settings.items() if name not in NUMBERS}
-        found |= {variant.name: settings} if settings not in found.values() else {}
-    return {name: x for name, x in found.items() if not any(x.items() < other.items() for other in found.values())}
+def all_runs():
+    """RUNS, and each variant with a setting that none of them has."""
+    found, covered = dict(RUNS), {item for settings in RUNS.values() for item in settings.items()}
+    for variant in VARIANTS.values():
+        if {item for item in variant.settings.items() if item[0] not in NUMBERS} - covered:
+            found[variant.name] = variant.settings
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Faults, each of which Watch must find
 
 
-class Fault(NamedTuple):
-    owner: object  # where the replacement is put ...
-    name: str  # ... in the place of this
-    replacement: Callable
-    part: str = "step"
-    compiled: bool = False
-
-
-def wrong_product(change):
-    """F.grouped_mm with its arguments changed."""
-    return Fault(F, "grouped_mm", lambda x, weight, offs: change(x, weight, offs))
-
-
-class ChangeGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, y, change):
-        ctx.change = change
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.change(grad), None
-
-
-def wrong_gradient(change):
-    def product(x, weight, offs):
-        if weight.dim() == 2:  # x is transposed and weight the gradient
-            return grouped_mm(x, change(weight), offs=offs)
-        return ChangeGradient.apply(grouped_mm(x, weight, offs=offs), change)
-
-    return wrong_product(product)
-
-
-def wrong_record(record, compiled=False):
-    return Fault(moe.MoE, "record", lambda self, routing, plan, capacity: record(plan), compiled=compiled)
+def transposed_gradient(x, weight, offs):
+    y = grouped_mm(x, weight, offs=offs)
+    if y.requires_grad:
+        y.register_hook(lambda grad: grad.t().contiguous().t())
+    return y
 
 
 def product_in_float32(router, x_TD, linear):
@@ -305,42 +277,28 @@ def product_in_float32(router, x_TD, linear):
         return F.linear(x_TD.float(), linear.weight)
 
 
-def checked_draw(logits, *_):
-    return torch.multinomial(torch.softmax(logits.float(), -1), 1)[:, 0]
-
-
-FAULTS = {
-    "int64 offsets": wrong_product(lambda x, weight, offs: grouped_mm(x, weight, offs=offs.long())),
-    "strided offsets": wrong_product(lambda x, weight, offs: grouped_mm(x, weight, offs=offs.repeat(2)[::2])),
-    "float32 operands": wrong_product(lambda x, weight, offs: grouped_mm(x.float(), weight.float(), offs=offs)),
-    "expanded gradient": wrong_gradient(lambda grad: grad[:1].expand_as(grad)),
-    "transposed gradient": wrong_gradient(lambda grad: grad.t().contiguous().t()),
-    "odd width": wrong_product(
-        lambda x, weight, offs: grouped_mm(F.pad(x, (0, 4)), F.pad(weight, (0, 4, 0, 4)), offs=offs)
-    ),
-    "loop over experts": Fault(moe, "compute_dtype", lambda x: torch.float32),
-    "router in float32": Fault(moe.Router, "product", product_in_float32),
-    "item": wrong_record(lambda plan: plan.count_E.sum().item()),
-    "copy to the host": wrong_record(lambda plan: plan.count_E.to("cpu")),
-    "upload": wrong_record(lambda plan: plan.count_E.new_tensor([1])),
-    "graph break": wrong_record(lambda plan: torch._dynamo.graph_break(), compiled=True),
-    "batch not pinned": Fault(torch.Tensor, "pin_memory", lambda self: self),
-    "read after the update": Fault(GPT, "update_balance_bias", lambda self, table: table.tolist()),
-    "attention by cuDNN": Fault(hellaswag, "attention_without_cudnn", contextlib.nullcontext, "hellaswag"),
-    "look at each token": Fault(sample, "CHECK_EVERY", 1, "samples"),
-    "checked draw": Fault(sample, "sample_next", checked_draw, "samples"),
+FAULTS = {  # (owner, name, replacement, compiled)
+    "int64 offsets": (F, "grouped_mm", lambda x, weight, offs: grouped_mm(x, weight, offs=offs.long()), False),
+    "transposed gradient": (F, "grouped_mm", transposed_gradient, False),
+    "router in float32": (Router, "product", product_in_float32, False),
+    "item": (MoE, "record", lambda moe, routing, plan, capacity: plan.count_E.sum().item(), False),
+    "graph break": (MoE, "record", lambda *_: torch._dynamo.graph_break(), True),
+    "batch not pinned": (torch.Tensor, "pin_memory", lambda tensor: tensor, False),
+    "read after the update": (RouterStats, "move_biases", lambda stats: stats.sums_L.tolist(), False),
+    "attention by cuDNN": (hellaswag, "sdpa_kernel", lambda kernels: contextlib.nullcontext(), False),
 }
 
 
 def watch_fault(data_root, fault):
-    with mock.patch.object(fault.owner, fault.name, fault.replacement):
-        return watch_run(data_root, {}, (fault.part,), fault.compiled)
+    *replaced, compiled = fault
+    with mock.patch.object(*replaced):
+        return watch_run(data_root, {}, compiled)
 
 
 def main():
     pretend()
     warnings.simplefilter("ignore", UserWarning)
-    for kind, cases, watch in ("variants", variants(), watch_run), ("faults", FAULTS, watch_fault):
+    for kind, cases, watch in ("variants", all_runs(), watch_run), ("faults", FAULTS, watch_fault):
         for name, case in cases.items():
             print(json.dumps({"kind": kind, "name": name} | watch(sys.argv[1], case)), flush=True)
 

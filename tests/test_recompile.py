@@ -1,39 +1,61 @@
-"""A compiled run stays one graph: steps change, and evaluation comes between them."""
+"""Blocks compiled on the CPU: one graph per kind, none compiled again, none split by DDP, gradients as eager ones."""
 
-import functools
-import json
+import copy
+from types import SimpleNamespace
 
-import fake_cuda
 import pytest
 import torch
+import torch.distributed as dist
+from test_model import SETTINGS, gradients, make, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
-RUN = {
-    "max_steps": 50, "n_layer": 1, "T": 16, "B": 2, "total_batch_size": 32, "val_loss_every": 10, "hellaswag_every": 10,
-    "sample_from_model_every": 25, "compile_on_cpu": True, "save_checkpoint": False,
-}  # fmt: skip
+from lab import devices
+from model import GPT, GPTConfig
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", fake_cuda.variants())
-def test_one_graph_over_fifty_steps(name, train, tmp_path, monkeypatch):
-    """With validation, HellaSwag and samples between them. fullgraph raises at a graph break."""
+@pytest.fixture
+def counter(monkeypatch):
+    """Counts graphs, of forward and backward; fullgraph raises at a graph break."""
     torch._dynamo.reset()
-    (tmp_path / "hellaswag.jsonl").write_text(json.dumps(fake_cuda.EXAMPLE))
-    counter = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
-    code, streams = train(**RUN | fake_cuda.variants()[name], hellaswag_data=str(tmp_path / "hellaswag.jsonl"))
-    assert code == 0 and len(streams["train"][0]) == 50 and len(streams["hella"][0]) == 6
-    assert counter.frame_count == 1
+    counter, compile = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=counter, fullgraph=True))
+    return counter
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"output_z_loss_weight": 1e-4}], ids=str)
-def test_each_kind_of_block_and_the_loss_are_a_graph_each(settings, train, monkeypatch):
-    """Where blocks are computed again, as over several ranks: a MoE block, a dense one, the loss."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
-    run = RUN | settings | {"n_layer": 4, "max_steps": 4, "hellaswag_every": 0, "val_loss_every": 2}
-    code, _ = train(**run, recompute="blocks")
-    assert code == 0 and counter.frame_count == 3
+def parallel(model, world_size=1):
+    args = SimpleNamespace(use_compile=True, compile_on_cpu=True, recompute="none", fsdp=False)
+    machine = devices.Machine(torch.device("cpu"), torch.bfloat16, 0, world_size, False)
+    return devices.parallelize(model, args, machine)
+
+
+@pytest.mark.parametrize("name", ["tight", "aux_step", "all_tricks"])
+def test_compiled_training_is_eager_training_in_a_graph_per_kind_of_block(name, counter):
+    """Three micro-batches with an evaluation between them, whatever the routing."""
+    eager = make(**SETTINGS[name] | {"n_layer": 4, "n_exp": 8, "expert_hidden": 32})
+    compiled = parallel(copy.deepcopy(eager))
+    for seed in range(3):
+        for model in (eager, compiled):
+            torch.manual_seed(seed)
+            with torch.autocast("cpu", torch.bfloat16):
+                model(*tokens(seed=seed)).loss.backward()
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                model.eval()(*tokens(S=9, seed=seed))
+            model.train()
+    assert counter.frame_count == 3  # MoE block, dense block, chunk of the loss
+    torch.testing.assert_close(gradients(compiled), gradients(eager), rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()), rtol=1e-3, atol=1e-5)
+
+
+def test_ddp_splits_no_block_of_real_size(counter):
+    """torch's DDPOptimizer would cut what is compiled at every 25 MB of gradients; blocks are DDP's own overlap."""
+    config = GPTConfig(n_layer=2, n_head=12, n_embd=768, vocab_size=64, block_size=8, n_exp=4)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        model = parallel(GPT(config, torch.Generator().manual_seed(0)), world_size=2)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(*tokens(S=8)).loss.backward()
+    finally:
+        dist.destroy_process_group()
+    assert counter.frame_count == 3
