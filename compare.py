@@ -238,8 +238,8 @@ def add_speedups(groups, samples, words):
     """The groups with x_tokens, x_flops, x_hours over their baseline, mean and _std, and the power law in words."""
     words, found = words.drop(columns=list(LENGTH), errors="ignore"), {i: {} for i in groups.index}
     for i, row in groups.iterrows():
-        alike = [k for k in groups.index if groups.n_ok[k] and (words.loc[k] == words.loc[row.base]).all()]
-        bases = pd.concat([samples[k] for k in alike or [i]])
+        alike = groups.index[(words == words.loc[row.base]).all(axis=1) & (groups.n_ok > 0)]
+        bases = pd.concat([samples[row.base][:0], *(samples[k] for k in alike)])
         law = fit_power_law(bases.tokens, bases.val)
         if i in alike or law is None:
             continue
