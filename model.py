@@ -201,7 +201,7 @@ class GPTConfig:
     vocab_size: Positive = 50304  # Vocabulary size: GPT-2's 50257 padded to a multiple of 64
     n_layer: Positive = 12  # Transformer blocks
     n_head: Positive = 12  # Attention heads per block
-    n_embd: Positive = 768  # Width
+    n_embd: Positive = 768  # Width of the residual stream
     dropout: Fraction = 0.0  # Dropout rate: 0 for pretraining, 0.1 and more for finetuning
     bias: bool = True  # Biases in Linears, LayerNorms and experts, as in GPT-2
     qk_norm: bool = False  # RMS norm of queries and keys per head

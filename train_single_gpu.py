@@ -146,9 +146,10 @@ def train(args, machine, run):
     # Data first: without it nothing is made. Then the run's folder, which may hold a checkpoint to continue from.
     train_loader, val_loader = (make_loader(args, split, machine) for split in ("train", "val"))
     args.name, resumed = devices.from_rank_0(machine, run.open)
+    run.locate()
     raw_model = build_model(args, machine, resumed, train_loader)
-    optimizer = optim.build_optimizer(raw_model, args)
     model = devices.parallelize(raw_model, args, machine)  # compiled, DDP or FSDP; shares raw_model's weights
+    optimizer = optim.build_optimizer(raw_model, args)  # of the parameters as FSDP has cut them
     step, hours, best = 0, 0.0, math.inf
     if resumed:
         checkpoint.restore(raw_model, optimizer, run.state, run.path)

@@ -205,8 +205,7 @@ class Run:
         args = self.args
         kind = "no_moe" if args.n_exp == 1 else "moe"
         args.name = args.name or f"{kind}_{datetime.now():%Y%m%d-%H%M%S}"
-        self.folder = folder_of(args)
-        self.checkpoints = Path(args.checkpoint_dir, self.folder.name) if args.checkpoint_dir else self.folder
+        self.locate()
         for folder in {self.folder, self.checkpoints}:
             folder.mkdir(parents=True, exist_ok=True)
             self.locks.append(lock(folder / "lock", "wait for it, or choose another --name"))
@@ -228,6 +227,13 @@ class Run:
             raise UserError(f"{self.folder} has no checkpoint yet: delete it and start again, or pass --resume auto")
         plain = ("step", "hours", "best", "loader", "config", "tokenizer")
         return args.name, self.state and {key: self.state[key] for key in plain}
+
+    def locate(self):
+        """The folders of the run, once rank 0 has given it a name. Every rank calls it."""
+        self.folder = folder_of(self.args)
+        self.checkpoints = self.folder
+        if self.args.checkpoint_dir:
+            self.checkpoints = Path(self.args.checkpoint_dir, self.folder.name)
 
     def check_unchanged(self):
         """Refuse to resume if a setting that defines the run changed."""
