@@ -141,7 +141,7 @@ class Args(GPTConfig):
 
 def train(args, machine, run):
     """Train to max_steps. Returns the exit code."""
-    stop = common.Stop()  # SIGTERM, SIGINT, SIGHUP: finish the step, save, leave
+    stop = common.Stop(alone=machine.world_size == 1)  # SIGTERM, SIGINT, SIGHUP: finish the step, save, leave
 
     # Data first: without it nothing is made. Then the run's folder, which may hold a checkpoint to continue from.
     train_loader, val_loader = (make_loader(args, split, machine) for split in ("train", "val"))
@@ -157,41 +157,40 @@ def train(args, machine, run):
         step, hours, best, run.state = resumed["step"], resumed["hours"], resumed["best"], True
     tokenizer, examples = load_evaluations(args, machine, run, train_loader)
     devices.from_rank_0(machine, start, run, args, machine, raw_model, train_loader, val_loader, step)
-    group = dist.new_group(backend="gloo") if args.fsdp else None  # of the threads that write sharded checkpoints
-    saver = checkpoint.BackgroundSaver(run.checkpoints, args.keep_checkpoints, group)
-    best_saver = checkpoint.BackgroundSaver(run.checkpoints / "best", 1, group)
+    groups = [dist.new_group(backend="gloo") if args.fsdp else None for _ in range(2)]  # of the writing threads
+    saver = checkpoint.BackgroundSaver(run.checkpoints, args.keep_checkpoints, groups[0])
+    best_saver = checkpoint.BackgroundSaver(run.checkpoints / "best", 1, groups[1])
     compiled = devices.is_compiled(args, machine)
     grad_accum = args.total_batch_size // (args.B * args.T * machine.world_size)
-    first_step = step
+    first_step, clock = step, hours  # clock: the hours of rank 0, one step behind
 
     while True:
-        last = optim.is_over(step, args, hours) or (args.stop_after and step >= args.stop_after)
+        last = optim.is_over(step, args, clock) or (args.stop_after and step >= args.stop_after)
 
         # Evaluation, on raw_model because shapes vary. It draws nothing from the generators of training.
         streams = {}
         with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
             if due(step, args.val_loss_every, last):
                 streams |= validate(raw_model, val_loader, args, machine, stop)
-            if examples and due(step, args.hellaswag_every, last) and not stop.requested:
+            if examples and due(step, args.hellaswag_every, last) and not stop.now:
                 streams |= hellaswag.evaluate(raw_model, examples, machine)
             is_best = streams.get("val", math.inf) < best
             best = min(best, streams.get("val", math.inf))
-            if streams and not stop.requested:
+            if streams and not stop.now:
                 run.log(step, streams)
                 shown = [f"{name} {streams[name]:.4f}" for name in runs.EVALUATIONS if name in streams]
                 run.say(f"step {step:6d} | {' | '.join(shown)}")
-            if step and due(step, args.sample_from_model_every, last) and not stop.requested:
+            if step and due(step, args.sample_from_model_every, last) and not stop.now:
                 say_samples(run, raw_model, tokenizer, args, machine, step)
 
         # Checkpoint. Evaluation comes first and is repeated on resume, so that a resumed log equals one left alone.
-        stopping = stop.requested and machine.world_size == 1
-        if step > first_step and (last or stopping or step % args.save_checkpoint_every == 0):
+        if step > first_step and (last or stop.now or step % args.save_checkpoint_every == 0):
             save(saver, run, raw_model, optimizer, train_loader, step, hours, best)
         if args.keep_best and is_best and step > first_step:
             save(best_saver, run, raw_model, optimizer, train_loader, step, hours, best)
-        if last or stopping:
+        if last or stop.now:
             best_saver.wait()
-            return finish(saver, run, step, best, last)
+            return finish(saver, run, step, best, done=not stop.now)
 
         # One step: gradients of grad_accum micro-batches. Losses and statistics stay on the device.
         began, stats, losses = time.perf_counter(), RouterStats(raw_model), {}
@@ -231,7 +230,7 @@ def train(args, machine, run):
             hours += seconds / 3600
         log_step(run, raw_model, step, streams | {"lr": lr, "grad_norm": grad_norm}, routers, seconds, hours)
         step += 1
-        if stops and machine.world_size > 1:
+        if stops and not stop.alone:
             save(saver, run, raw_model, optimizer, train_loader, step, hours, best)
             return finish(saver, run, step, best, done=False)
         stop.requested |= run.lost
@@ -358,7 +357,7 @@ def validate(model, loader, args, machine, stop):
     dtype = torch.float32 if machine.device.type == "mps" else torch.float64
     sums = torch.zeros(3, dtype=dtype, device=machine.device)
     for first in range(rank * args.B, n_rows, world_size * args.B):
-        if stop.requested and machine.world_size == 1:
+        if stop.now:
             model.train(was_training)
             return {}
         x, y = loader.rows_at(first, min(args.B, n_rows - first))

@@ -79,13 +79,21 @@ if "OMP_WAIT_POLICY" not in os.environ:
 
 
 class Stop:
-    """Set by SIGTERM, SIGINT or SIGHUP: the loop finishes its step, saves and ends. A second SIGINT ends at once."""
+    """Set by SIGTERM, SIGINT or SIGHUP: the loop finishes its step, saves and ends. A second SIGINT ends at once.
 
-    def __init__(self):
-        self.requested = False
+    Of several ranks one may be told alone; then all leave together, after the step in which they tell each other. A
+    single process leaves an evaluation as soon as it is told: `now`.
+    """
+
+    def __init__(self, alone=True):
+        self.requested, self.alone = False, alone
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self)
+
+    @property
+    def now(self):
+        return self.requested and self.alone
 
     def __call__(self, signum, frame):
         if self.requested and signum == signal.SIGINT:
