@@ -145,7 +145,7 @@ def choose_half(router, logits_TE, scores_TE):
 def machine_of(args):
     """The Machine of this process."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    # Graphs are static, as in training, so each variant and size has its own: more than torch allows by default.
+    # Each variant and size has static graphs of its own: more than torch allows by default.
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 256
     return devices.set_up_machine(args)
