@@ -5,9 +5,9 @@
     loader.load_state_dict(state)      # continue after the last batch that next_batch() had returned
     fingerprint("edu_fineweb10B")      # 12 hex digits that identify the tokens of a folder
 
-Formats of shards, recognised by their first bytes (fineweb.py writes .npy; this file alone reads them and meta.json):
+Formats of shards:
 
-    <anything>_{train,val}_{index}.npy    uint16, one dimension
+    <anything>_{train,val}_{index}.npy    uint16, one dimension (fineweb.py)
     <anything>_{train,val}_{index}.bin    llm.c and modded-nanogpt: 256 int32 (magic, version, tokens), then uint16
     train.bin, val.bin                    nanoGPT: uint16 without a header
 
@@ -17,15 +17,11 @@ shard. The order of the shards, the first token of each (in [0, T)) and the orde
 model then takes long to get past bigram statistics. The epochs form one endless list of rows; a step takes the next
 world_size * B of them, B per rank. N ranks with G / N micro-steps therefore read the same rows as one process with G,
 and a state saved by N ranks resumes on M.
-
-Memory. A shard is mapped while the rows of a batch are read and is never converted as a whole, so that opening a shard
-does not stall and resident memory stays constant for a corpus of any size.
 """
 
 import functools
 import hashlib
 import json
-import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,14 +32,9 @@ import numpy as np
 from lab.common import UserError
 
 SHARD_NAME = re.compile(r"(?!\.).*(?:^|_)(train|val)(?:_.*)?\.(?:npy|bin)")  # not *.tmp: half-written
-RAW_NAMES = ("train.bin", "val.bin")
-BIN_MAGIC, BIN_VERSION, BIN_HEADER_BYTES = 20240520, 1, 256 * 4
+BIN_MAGIC, BIN_HEADER, PAGE = np.int32(20240520).tobytes(), 256 * 4, 4096  # sizes in bytes
 TOKEN = np.dtype("<u2")
 SHARD_ORDER, ROW_ORDER = 1, 2  # domain numbers, the first number of every seed: no two kinds of draws share a stream
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: shards and meta.json
 
 
 class Shard(NamedTuple):
@@ -53,160 +44,99 @@ class Shard(NamedTuple):
     stamp: tuple  # (size, mtime), compared at every read: the file may be changed under a running job
 
 
-def bad_shard(path, reason):
-    remedy = f"delete {path.parent} and run its fineweb.py command again, or choose another folder"
-    return UserError(f"{path}: {reason}; {remedy}")
-
-
 def split_of(name):
-    """Split of a shard from its name, train or val; None for any other file."""
+    """The split of a shard from its name, train or val; None for any other file."""
     match = SHARD_NAME.fullmatch(name)
     return match and match[1]
 
 
 def find_shards(root, split):
-    """The paths of a split's shards, sorted by name."""
-    remedy = (
-        f"get FineWeb-Edu with `python fineweb.py --pretokenized kjj0/finewebedu10B-gpt2 --out {root}`, or for a CPU"
-        " run `python fineweb.py --stdlib --tokenizer bytes --out data/bytes` and pass"
-        " `--data_root data/bytes --vocab_size 257`"
-    )
-    try:
-        names = sorted(os.listdir(root))
-    except OSError as error:
-        raise UserError(f"cannot read the folder {root} ({error.strerror}): {remedy}") from None
-    paths = [Path(root, name) for name in names if split_of(name) == split]
-    if not paths:
-        raise UserError(f"no {split} shards in {root}: {remedy}")
-    return paths
-
-
-def locate_tokens(path, head, size):
-    """(bytes before the first token, number of tokens) from the first bytes of the file. Raises ValueError."""
-    if size == 0:
-        raise ValueError("the file is empty")
-    if head.startswith(b"\x93NUMPY"):
-        start, tokens = locate_npy_tokens(path)
-    elif head[:4] == np.int32(BIN_MAGIC).tobytes():  # no raw file: 55432 is no token of GPT-2
-        start, tokens = BIN_HEADER_BYTES, count_bin_tokens(head)
-    elif path.name in RAW_NAMES:
-        start, tokens = 0, -(-size // TOKEN.itemsize)
-    else:
-        raise ValueError(f"begins neither as .npy nor with the .bin magic {BIN_MAGIC}")
-    if tokens < 1 or size != start + TOKEN.itemsize * tokens:
-        raise ValueError(f"{tokens:,} tokens need {start + TOKEN.itemsize * tokens:,} bytes, the file has {size:,}")
-    return start, tokens
-
-
-def locate_npy_tokens(path):
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy evaluates the header: a damaged one can raise nearly anything
-        raise ValueError(f"not a whole .npy file ({error})") from None
-    if array.dtype != TOKEN or array.ndim != 1:
-        raise ValueError(f"holds {array.dtype} of shape {array.shape}, where tokens are uint16 in one dimension")
-    return array.offset, len(array)
-
-
-def count_bin_tokens(head):
-    if len(head) < BIN_HEADER_BYTES:
-        raise ValueError(f"ends within its header, after {len(head)} bytes")
-    version, tokens = (int(number) for number in np.frombuffer(head, "<i4")[1:3])
-    if version != BIN_VERSION:
-        raise ValueError(f".bin version {version} is unknown; version {BIN_VERSION} holds uint16 tokens")
-    return tokens
+    """The shards of a split, sorted by name."""
+    shards = [open_shard(path) for path in sorted(Path(root).glob("*")) if split_of(path.name) == split]
+    if not shards:
+        gpu = "python fineweb.py --pretokenized kjj0/finewebedu10B-gpt2 --out edu_fineweb10B"
+        cpu = "python fineweb.py --stdlib --tokenizer bytes --out data/bytes"
+        raise UserError(f"no {split} shards in the folder {root}: make some with `{gpu}`, or for a CPU `{cpu}`")
+    return shards
 
 
 def open_shard(path):
-    """The Shard at `path`, from its header. Raises UserError for a file that is damaged or no shard."""
+    """The Shard at `path`, from its first bytes. UserError for a file that is damaged or holds other tokens."""
     try:
         with open(path, "rb") as f:
-            head, stat = f.read(BIN_HEADER_BYTES), os.fstat(f.fileno())
+            head, stat = f.read(BIN_HEADER), path.stat()
         start, tokens = locate_tokens(path, head, stat.st_size)
-    except (OSError, ValueError) as error:
-        raise bad_shard(path, getattr(error, "strerror", None) or error) from None
+        if tokens < 1 or stat.st_size != start + TOKEN.itemsize * tokens:
+            raise ValueError(f"its {tokens:,} tokens do not fill its {stat.st_size:,} bytes")
+    except Exception as error:  # numpy evaluates the header of .npy: a damaged one can raise nearly anything
+        raise UserError(f"{path} is no whole shard ({error}): make it again, or pass another --data_root") from None
     return Shard(path, start, tokens, (stat.st_size, stat.st_mtime_ns))
 
 
-def map_tokens(shard, f):
-    """The tokens of a shard, uint16, mapped from its open file `f`."""
-    return np.memmap(f, TOKEN, "r", shard.start, (shard.tokens,))
+def locate_tokens(path, head, size):
+    """(bytes before the first token, number of tokens) of a file of `size` bytes that begins with `head`."""
+    if head.startswith(b"\x93NUMPY"):
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.dtype != TOKEN or array.ndim != 1:
+            raise ValueError(f"it holds {array.dtype} of shape {array.shape}, not uint16 in one dimension")
+        return array.offset, len(array)
+    if head.startswith(BIN_MAGIC):  # no raw file: 55432 is no token of GPT-2
+        return BIN_HEADER, int(np.frombuffer(head, "<i4")[2])
+    if path.name not in ("train.bin", "val.bin"):
+        raise ValueError("it begins neither as .npy nor as .bin of llm.c")
+    # Integers of 32 or 64 bits, and most headers, are half zeros or more; token 0 is rare in any text.
+    first = np.frombuffer(head[: len(head) // 2 * 2], TOKEN)
+    if np.sum(first == 0) > 0.4 * len(first):
+        raise ValueError("its tokens are not uint16, or it has a header: many of the first are 0")
+    return 0, size // TOKEN.itemsize
 
 
 def read_meta(root):
-    """meta.json as a dict. Shards made elsewhere have none: the tokenizer is then GPT-2's, and "shards" is missing."""
+    """meta.json of a folder of shards; its "shards" become {file: (tokens, sha256 or None)}. Shards without one are of
+    GPT-2's tokenizer, except beside meta.pkl, nanoGPT's vocabulary of characters: "unknown", without bits per byte."""
     path = Path(root, "meta.json")
-    meta = {"tokenizer": "gpt2", "vocab_size": 0}
+    meta = {"tokenizer": "unknown" if Path(root, "meta.pkl").exists() else "gpt2", "vocab_size": 0, "shards": []}
     try:
-        meta = meta | json.loads(path.read_bytes())
-        typed = [(meta["tokenizer"], str), (meta["vocab_size"], int)]
-        for shard in meta.get("shards", []):
-            typed += [(shard["file"], str), (shard["tokens"], int), (shard.get("sha256", ""), str)]
-        for value, kind in typed:
-            if not isinstance(value, kind):
-                raise ValueError(f"{value!r} is no {kind.__name__}")
-    except (FileNotFoundError, NotADirectoryError):  # find_shards() names a folder that is none
-        pass
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise bad_shard(path, f"not a readable meta.json ({type(error).__name__}: {error})") from None
+        if path.exists():
+            meta |= json.loads(path.read_bytes())
+        meta["tokenizer"], meta["vocab_size"] = str(meta["tokenizer"]), int(meta["vocab_size"])
+        meta["shards"] = {str(shard["file"]): (int(shard["tokens"]), shard.get("sha256")) for shard in meta["shards"]}
+    except Exception as error:  # any damage
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): make the shards again") from None
     return meta
 
 
-def check_listed(root, split, meta, lengths):
-    """The split's shards are those that meta.json lists, at their lengths. (sha256 would mean reading them all.)"""
-    listed = {shard["file"]: shard["tokens"] for shard in meta["shards"]} if "shards" in meta else lengths
-    for name in sorted(listed | lengths):
-        if split_of(name) != split or listed.get(name) == lengths.get(name):
-            continue
-        if name not in listed:
-            remedy = "move it to another folder, or run an interrupted fineweb.py again"
-            raise UserError(f"{Path(root, name)} is not listed in meta.json: {remedy}")
-        found = f"has {lengths[name]:,} tokens" if name in lengths else "is missing"
-        raise bad_shard(Path(root, name), f"{found}, meta.json lists {listed[name]:,} tokens")
-
-
 def fingerprint(data_root):
-    """12 hex digits that identify the tokens of a folder, wherever it lies. Reads meta.json and the headers only.
-
-    Hashes of every shard of both splits: name, number of tokens and, if meta.json has it, sha256.
-    """
-    sha256 = {shard["file"]: shard.get("sha256", "") for shard in read_meta(data_root).get("shards", [])}
-    digest = hashlib.sha256()
-    for path in [path for split in ("train", "val") for path in find_shards(data_root, split)]:
-        line = f"{path.name}\0{open_shard(path).tokens}\0{sha256.get(path.name, '')}\n"
-        digest.update(line.encode(errors="surrogatepass"))
+    """12 hex digits that identify the tokens of a folder, wherever it lies: from name, number of tokens and sha256 of
+    each shard; where meta.json has no sha256, that of the first, a middle and the last page of the file."""
+    listed, digest = read_meta(data_root)["shards"], hashlib.sha256()
+    for shard in find_shards(data_root, "train") + find_shards(data_root, "val"):
+        known = listed.get(shard.path.name, (0, None))[1]
+        if not known:
+            data = np.memmap(shard.path, np.uint8, "r")
+            pages = [data[:PAGE], data[len(data) // 2 :][:PAGE], data[-PAGE:]]
+            known = hashlib.sha256(np.concatenate(pages)).hexdigest()
+        digest.update(f"{shard.path.name}\0{shard.tokens}\0{known}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()[:12]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows and their order
-
-
 def read_rows(shard, firsts, T, vocab_size):
-    """Rows of T + 1 tokens that begin at the tokens `firsts`: uint16 (len(firsts), T + 1)."""
-    remedy = "restore it, then continue with --resume auto"
-    try:
-        # Opened and compared each time: reading a map past the end of a truncated file kills the process.
-        with open(shard.path, "rb") as f:
-            stat = os.fstat(f.fileno())
-            if (stat.st_size, stat.st_mtime_ns) != shard.stamp:
-                sizes = f"{shard.stamp[0]:,} bytes at the start, {stat.st_size:,} now"
-                raise UserError(f"{shard.path} was changed while in use ({sizes}): {remedy}")
-            tokens = map_tokens(shard, f)
-            rows = np.stack([tokens[first : first + T + 1] for first in firsts])
-    except OSError as error:
-        raise UserError(f"{shard.path} can no longer be read ({error.strerror}): {remedy}") from None
+    """Rows of T + 1 tokens that begin at the tokens `firsts`: uint16 (len(firsts), T + 1), out of a mapped file."""
+    stat = shard.path.stat()
+    if (stat.st_size, stat.st_mtime_ns) != shard.stamp:  # reading a map past the end of its file kills the process
+        raise UserError(f"{shard.path} was changed while in use: restore it, then continue with --resume auto")
+    tokens = np.memmap(shard.path, TOKEN, "r", shard.start, (shard.tokens,))
+    rows = np.stack([tokens[first : first + T + 1] for first in firsts])
     largest = int(rows.max())
     if largest >= vocab_size:
-        remedy = f"pass --vocab_size {largest + 1} or more if its tokenizer is that large, or another --data_root"
-        raise UserError(f"{shard.path}: token {largest} is outside --vocab_size {vocab_size}: {remedy}")
+        raise UserError(f"{shard.path} has token {largest}: --vocab_size {vocab_size} is too small, or the data wrong")
     return rows
 
 
 def plan_epoch(tokens, T, seed, epoch):
-    """(order of the shards, first token of each, cumulative rows of each); `tokens` holds the length of every shard.
+    """(order of the shards, first token of each, cumulative rows of each) of shards that are `tokens` long.
 
-    With `seed` None: sorted, from token 0. A shard too short for a row has none; any other has at least one.
+    With `seed` None: as in the files. A shard too short for a row has none; any other has at least one.
     """
     if seed is None:
         order, first = np.arange(len(tokens)), np.zeros(len(tokens), np.int64)
@@ -231,67 +161,51 @@ class DataLoader:
     def __init__(self, data_root, split, B, T, data_seed=1337, rank=0, world_size=1, vocab_size=50304, device="cpu"):
         self.root, self.split, self.B, self.T, self.data_seed = data_root, split, B, T, data_seed
         self.rank, self.world_size, self.vocab_size, self.device = rank, world_size, vocab_size, device
-        self.shards = [open_shard(path) for path in find_shards(data_root, split)]
+        self.shards = find_shards(data_root, split)
         self.lengths = {shard.path.name: shard.tokens for shard in self.shards}
         self.tokens = np.array([shard.tokens for shard in self.shards])
         self.total_tokens = int(self.tokens.sum())
         self.file_rows = int(plan_epoch(self.tokens, T, None, 0)[2][-1])
-        self._check_meta()
-        self._check_size()
+        self.meta = read_meta(data_root)
+        self.tokenizer, vocabulary = self.meta["tokenizer"], self.meta["vocab_size"]
+        # Refuse shards that meta.json does not list, less text than one batch, and tokens that the model lacks.
+        listed = {name: tokens for name, (tokens, _) in self.meta["shards"].items() if split_of(name) == split}
+        if self.meta["shards"] and listed != self.lengths:
+            name = min(listed.items() ^ self.lengths.items())[0]
+            raise UserError(f"{Path(data_root, name)} is not as meta.json lists it: move it, or make the shards again")
+        rows = B * world_size if split == "train" else 1
+        if self.file_rows < rows:
+            found = f"{self.total_tokens:,} {split} tokens, {self.file_rows} rows of T + 1"
+            raise UserError(f"{data_root} holds {found}; a batch needs {rows} rows: lower --B or --T, or use more text")
+        if vocabulary > vocab_size:
+            raise UserError(f"{data_root} has {self.tokenizer} tokens: pass --vocab_size {vocabulary} or more")
+        read_rows(self.shards[0], [0], min(T, self.shards[0].tokens - 1), vocab_size)
         self.seed = data_seed if split == "train" else None  # None: not shuffled
         self.position = (0, 0)  # (epoch, row) after the last batch handed out, never after the one read ahead
         self.pool = ThreadPoolExecutor(1)  # its thread starts with the first batch and ends with the loader
         self.ahead = None
 
-    def _check_meta(self):
-        meta = read_meta(self.root)
-        self.tokenizer, size, self.complete = meta["tokenizer"], meta["vocab_size"], meta.get("complete", True)
-        if size > self.vocab_size:
-            problem = f"tokenizer {self.tokenizer} has {size} tokens, more than --vocab_size {self.vocab_size}"
-            remedy = f"pass --vocab_size {size} or more, or another --data_root"
-            raise UserError(f"{Path(self.root, 'meta.json')}: {problem}: {remedy}")
-        check_listed(self.root, self.split, meta, self.lengths)
-
-    def _check_size(self):
-        for shard in self.shards[:-1] or self.shards:  # the last of several holds the rest and may be short
-            if shard.tokens <= self.T:
-                needed = f"one row is T + 1 = {self.T + 1:,}: pass a smaller --T or another --data_root"
-                raise UserError(f"{shard.path} holds {shard.tokens:,} tokens, {needed}")
-        if self.split == "train" and self.file_rows < self.B * self.world_size:
-            batch = f"one batch of all processes is B * T * processes + 1 = {self.B * self.T * self.world_size + 1:,}"
-            names = ", ".join(list(self.lengths)[:3]) + (", ..." if len(self.lengths) > 3 else "")
-            remedy = "pass a smaller --B or --T, or a --data_root with more text"
-            raise UserError(f"{self.root} ({names}) holds {self.total_tokens:,} training tokens, {batch}: {remedy}")
-
     def describe(self):
-        unfinished = (
-            "" if self.complete else "; unfinished: run fineweb.py again, before training (more shards end --resume)"
-        )
-        size = f"{len(self.shards)} {self.split} shards, {self.total_tokens:,} tokens ({self.tokenizer})"
-        return f"{self.root}: {size}{unfinished}"
-
-    def tokens_in(self, batches):
-        """Distinct tokens predicted in batch_at(0) to batch_at(batches - 1), which repeat rows of a small split."""
-        return min(batches * self.B, self.file_rows) * self.T
+        text = f"{self.root}: {len(self.shards)} {self.split} shards, {self.total_tokens:,} tokens ({self.tokenizer})"
+        return text if self.meta.get("complete", True) else f"{text}; unfinished: run its fineweb.py command again"
 
     def _seek(self, epoch, row, seed):
         """(epoch, row, plan of the epoch), with rows past the end of an epoch carried into the next."""
-        while True:
+        plan = plan_epoch(self.tokens, self.T, seed, epoch)
+        while row >= plan[2][-1]:
+            epoch, row = epoch + 1, row - int(plan[2][-1])
             plan = plan_epoch(self.tokens, self.T, seed, epoch)
-            rows = int(plan[2][-1])
-            if row < rows:
-                return epoch, row, plan
-            epoch, row = epoch + 1, row - rows
+        return epoch, row, plan
 
-    def _read_rows(self, epoch, row, seed):
-        """x and y, int64 (B, T): B rows from `row` of `epoch`, across the ends of shards and epochs."""
-        x, y = np.empty((2, self.B, self.T), np.int64)
+    def _read_rows(self, epoch, row, seed, count):
+        """x and y, int64 (count, T): the rows from `row` of `epoch`, across the ends of shards and epochs."""
+        x, y = np.empty((2, count, self.T), np.int64)
         done = 0
-        while done < self.B:
+        while done < count:
             epoch, row, (order, first, ends) = self._seek(epoch, row, seed)
             i = int(np.searchsorted(ends, row, side="right"))  # the shard that holds this row
             start = int(ends[i - 1]) if i else 0
-            rows = order_rows(int(ends[i]) - start, seed, epoch, int(order[i]))[row - start :][: self.B - done]
+            rows = order_rows(int(ends[i]) - start, seed, epoch, int(order[i]))[row - start :][: count - done]
             tokens = read_rows(self.shards[order[i]], first[i] + rows * self.T, self.T, self.vocab_size)
             x[done : done + len(rows)], y[done : done + len(rows)] = tokens[:, :-1], tokens[:, 1:]
             done, row = done + len(rows), row + len(rows)
@@ -299,30 +213,27 @@ class DataLoader:
 
     def _read_batch(self, epoch, row):
         """x and y of this rank for the batch at (epoch, row), and the position after it."""
-        x, y = self._read_rows(epoch, row + self.rank * self.B, self.seed)
+        x, y = self._read_rows(epoch, row + self.rank * self.B, self.seed, self.B)
         return x, y, self._seek(epoch, row + self.world_size * self.B, self.seed)[:2]
 
     def _to_device(self, *arrays):
-        import torch  # here, not above: fineweb.py and its workers use this file without torch
+        import torch  # here, not above: fineweb.py uses this file without torch
 
         tensors = [torch.from_numpy(array) for array in arrays]
-        if torch.device(self.device).type == "cuda":  # from pinned memory the copy is asynchronous
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        return tuple(tensor.to(self.device, non_blocking=True) for tensor in tensors)
+        if torch.device(self.device).type == "cuda":  # from pinned memory the copy runs beside the work of the GPU
+            return tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors)
+        return tuple(tensor.to(self.device) for tensor in tensors)
 
     def next_batch(self):
-        """(x, y) of this rank, int64 (B, T) on the device. A thread reads the next batch meanwhile, with numpy alone.
-
-        An error in the thread is raised by the call that would have returned its batch.
-        """
+        """(x, y) of this rank, int64 (B, T) on the device. A thread reads the next batch meanwhile."""
         future, self.ahead = self.ahead or self.pool.submit(self._read_batch, *self.position), None
         x, y, self.position = future.result()
         self.ahead = self.pool.submit(self._read_batch, *self.position)
         return self._to_device(x, y)
 
-    def batch_at(self, i):
-        """Batch `i` of the split in file order, independent of next_batch(). A small split repeats rows."""
-        return self._to_device(*self._read_rows(0, i * self.B % self.file_rows, None))
+    def rows_at(self, first, count):
+        """(x, y), int64 (count, T): rows of the split in file order, from the first again at its end. Stateless."""
+        return self._to_device(*self._read_rows(0, first % self.file_rows, None, count))
 
     def state_dict(self):
         """The position, equal on every rank, and the settings and shards it belongs to."""
@@ -331,21 +242,9 @@ class DataLoader:
 
     def load_state_dict(self, state):
         """Continue from `state`. B and world_size may differ from the run that saved it; T, seed and shards may not."""
-        try:
-            epoch, row, then = int(state["epoch"]), int(state["row"]), dict(state["shards"])
-            settings = {name: state[name] for name in ("T", "data_seed")}
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"the checkpoint has no position in the data ({error!r}): start without --resume") from None
-        for name, value in settings.items():
-            if value != getattr(self, name):
-                now = getattr(self, name)
-                raise UserError(f"the checkpoint was made with --{name} {value}, not {now}: pass --{name} {value}")
-        changed = [name for name in sorted(then | self.lengths) if then.get(name) != self.lengths.get(name)]
-        if changed:
-            name, more = changed[0], f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            difference = f"{name}: {then.get(name, 'no')} tokens then, {self.lengths.get(name, 'none')} now{more}"
-            remedy = "pass the --data_root it was trained on, or start without --resume"
-            raise UserError(f"the {self.split} shards in {self.root} are not the checkpoint's ({difference}): {remedy}")
-        if epoch < 0 or not 0 <= row < self.file_rows:
-            raise UserError(f"the checkpoint has a wrong position (epoch {epoch}, row {row}): resume from an older one")
-        self.position, self.ahead = (epoch, row), None
+        then, now = {**state, **state["shards"]}, {**self.state_dict(), **self.lengths}
+        for name in sorted((then | now).keys() - {"epoch", "row", "shards"}):
+            if then.get(name) != now.get(name):
+                found = f"{name} {then.get(name, 'none')}, now {now.get(name, 'none')}"
+                raise UserError(f"the checkpoint was made on other data ({found}): give it the data it had")
+        self.position, self.ahead = (int(state["epoch"]), int(state["row"])), None
