@@ -93,14 +93,15 @@ def load_balance_loss(moe, routing, plan, n_sequences):
         sequence      both within each sequence: DeepSeek-V3 (2412.19437) eq. 17-20
     """
     probs_TE, n_exp = routing.probs_TE, moe.config.n_exp
+    count_E = plan.count_E.to(probs_TE.dtype)
     if moe.config.balance_scope == "sequence":
         chosen_TE = torch.zeros_like(probs_TE).scatter_(1, routing.expert_TK, 1.0)
         f_BE, P_BE = (x.view(n_sequences, -1, n_exp).mean(dim=1) for x in (chosen_TE, probs_TE))
         return n_exp * (f_BE * P_BE).sum(dim=1).mean()
     if moe.config.balance_scope == "step" and moe.training:  # in evaluation ranks may run different numbers of forwards
-        f_E = load_in_step(moe.so_far, plan.count_E.to(probs_TE.dtype), len(probs_TE))
+        f_E = load_in_step(moe.so_far, count_E, len(probs_TE))
     else:
-        f_E = plan.count_E / len(probs_TE)
+        f_E = count_E / len(probs_TE)
     return n_exp * (f_E * probs_TE.mean(dim=0)).sum()
 
 

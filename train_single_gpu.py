@@ -131,6 +131,8 @@ class Args(GPTConfig):
             raise ValueError(f"T {self.T} is more than block_size {self.block_size}: lower it")
         if self.fsdp and (devices.world()[1] == 1 or self.optimizer != "adamw"):
             raise ValueError("fsdp shards AdamW over ranks: start with torchrun --nproc_per_node=N, --optimizer adamw")
+        if self.recompute == "blocks" and self.use_aux_loss and self.balance_scope == "step":
+            raise ValueError("recompute blocks would count each micro-batch twice in balance_scope step: leave one out")
         if self.optimizer == "muon" and not self.max_lr:
             raise ValueError("max_lr must be above 0 for muon: the schedule is relative to it")
 

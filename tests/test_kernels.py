@@ -193,7 +193,7 @@ def test_the_cache_gives_the_logits_of_the_whole_sequence(name):
     torch.testing.assert_close(logits, model(idx, dropless=True).logits, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["aux_step", "quantile_sigmoid"])
+@pytest.mark.parametrize("name", ["all_tricks", "quantile_sigmoid"])
 def test_blocks_computed_again_change_no_bit_and_take_less_memory(name):
     """Gradients of two micro-batches, the router's statistics, what is counted over the step, the random state."""
     results, kept = [], {False: 0, True: 0}
