@@ -210,7 +210,6 @@ def ending_losses(model, examples, device, rank=0, world_size=1, batch_tokens=No
     device = torch.device(device)
     rows, counts = build_rows(examples, model.config.block_size)
     batches = split_rows(rows[rank::world_size], batch_tokens or BATCH_TOKENS[device.type])
-    total = torch.zeros(counts.size, dtype=torch.float64)
     losses, slots = [], []
     was_training = model.training
     model.eval()
@@ -222,6 +221,7 @@ def ending_losses(model, examples, device, rank=0, world_size=1, batch_tokens=No
                 slots.append(scored[2])
     finally:
         model.train(was_training)
+    total = torch.zeros(counts.size, dtype=torch.float64)
     if losses:  # a rank beyond the last row has none
         total.index_add_(0, torch.cat(slots).cpu(), torch.cat(losses).cpu().double())
     if world_size > 1:
