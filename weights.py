@@ -250,7 +250,8 @@ def to_transformers(model, tokenizer_name):
     if tokenizer:
         end = tokenizer.eot
         padding = list(range(end + 1, config.vocab_size))  # of the vocabulary: never generated
-    settings = {"tokenizer": tokenizer_name, "bos_token_id": end, "eos_token_id": end}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
+    settings = {"tokenizer": tokenizer_name, **ends}
     if not model.moe_layers() and not config.qk_norm:
         settings |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), config.dropout)
         settings |= {name: getattr(config, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
@@ -270,9 +271,7 @@ def to_transformers(model, tokenizer_name):
             settings["expert_hidden"] = config.hidden_of_expert
         theirs = code.MoEGPT2ForCausalLM(code.MoEGPT2Config(**settings))
     theirs.load_state_dict(weights)
-    theirs.generation_config = transformers.GenerationConfig(
-        bos_token_id=end, eos_token_id=end, pad_token_id=end, suppress_tokens=padding or None
-    )
+    theirs.generation_config = transformers.GenerationConfig(**ends, suppress_tokens=padding or None)
     return theirs
 
 

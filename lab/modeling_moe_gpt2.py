@@ -20,8 +20,6 @@ from transformers.utils import can_return_tuple
 
 
 class MoEGPT2Config(PreTrainedConfig):
-    """The settings of GPTConfig that decide the function, under its names but for top_k, which generate() claims."""
-
     model_type = "moe_gpt2"
     keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012  (transformers' own form)
     attribute_map = {  # noqa: RUF012
@@ -38,7 +36,7 @@ class MoEGPT2Config(PreTrainedConfig):
     bias: bool = True
     qk_norm: bool = False  # RMS norm of queries and keys per head, without weights
     n_exp: int = 8  # experts per MoE layer; 1: all layers are dense
-    num_experts_per_tok: int = 2
+    num_experts_per_tok: int = 2  # top_k would be a setting of generate()
     stride: int = 2  # every stride-th layer is a MoE layer, from first_dense on
     first_dense: int = 0
     expert_hidden: int | None = None  # hidden width of an expert; None: 4 * n_embd
@@ -52,9 +50,6 @@ class MoEGPT2Config(PreTrainedConfig):
     use_quantile_balance: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = True
-    bos_token_id: int | None = None
-    eos_token_id: int | None = None
-    pad_token_id: int | None = None
 
 
 class Attention(nn.Module):
@@ -67,10 +62,7 @@ class Attention(nn.Module):
 
     def forward(self, x, mask, cache):
         B, S, D = x.shape
-        q, k, v = (
-            part.view(B, S, self.n_head, D // self.n_head).transpose(1, 2)  # (B, n_head, S, head width)
-            for part in self.c_attn(x).split(D, dim=2)
-        )
+        q, k, v = self.c_attn(x).view(B, S, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, n_head, S, head width)
         if self.qk_norm:
             q, k = (F.rms_norm(part, part.shape[-1:]) for part in (q, k))
         if cache is not None:
@@ -237,10 +229,7 @@ class MoEGPT2ForCausalLM(PreTrainedModel, GenerationMixin):
     ):
         """As transformers' GPT2LMHeadModel: labels (B, S) are shifted here and -100 is ignored; without position_ids
         the positions are 0, 1, ... after those in the cache, whatever the attention_mask (generate() gives both).
-
-        `cache` is the name of past_key_values from transformers 5.24 on. Unknown arguments are errors: ignored, a
-        renamed one would change the text that is generated.
-        """
+        `cache` is past_key_values from transformers 5.24 on. Unknown arguments are errors, as GPT-2's are not."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds

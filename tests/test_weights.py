@@ -34,9 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:top_k=1", "ignore:.gradient_chec
 
 
 @pytest.fixture(autouse=True)
-def quiet(tmp_path, monkeypatch):
-    """One thread; the copies that transformers makes of an exported class stay in the test's folder."""
-    torch.set_num_threads(1)
+def copies_of_exported_classes_stay_in_the_folder_of_the_test(tmp_path, monkeypatch):
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", sys.path[:])
 
@@ -50,12 +48,7 @@ def random_model(**fields):
 
 
 def load(folder, **kwargs):
-    """The folder's model in transformers; every weight found, none left over."""
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, trust_remote_code=True, output_loading_info=True, **kwargs
-    )
-    assert not any(report.values()), report
-    return model.eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **kwargs).eval()
 
 
 def exported(folder, **fields):
@@ -78,9 +71,9 @@ def assert_close(given, wanted, tolerance=1e-5):
 
 
 def run_folder(path, model, tokenizer="bytes", fsdp=False):
-    saver, optimizer = checkpoint.BackgroundSaver(path, 1), torch.optim.AdamW(model.parameters())
-    saver.save(model, optimizer, {"step": 9, "config": dataclasses.asdict(model.config), "tokenizer": tokenizer}, 9, fsdp)
-    assert saver.wait() is None
+    saver, fields = checkpoint.BackgroundSaver(path, 1), {"step": 9, "tokenizer": tokenizer}
+    fields["config"] = dataclasses.asdict(model.config)
+    assert saver.save(model, torch.optim.AdamW(model.parameters()), fields, 9, fsdp) or saver.wait() is None
     (path / "config.json").write_text(json.dumps({"settings": {}, "model": {}}))  # as a run's folder has it
     return path
 
@@ -104,39 +97,33 @@ def test_an_export_has_our_logits_in_transformers_and_comes_back(tmp_path, field
 def test_the_loss_and_its_gradients_are_ours_with_and_without_gradient_checkpointing(tmp_path):
     model, theirs = exported(tmp_path / "out", **BALANCED | {"use_noisy_top_k": False})
     idx = tokens(3, 20)
-    targets = idx[:, 1:].clone()
-    targets[0, :5] = -1
-    labels = torch.cat([idx[:, :1], targets], dim=1)
-    ours = model(idx[:, :-1], targets, dropless=True).ce_loss
+    labels = idx.masked_fill(torch.arange(60).view(3, 20) < 5, -100)
+    ours = model(idx[:, :-1], labels[:, 1:].clamp(min=-1), dropless=True).ce_loss
     ours.backward()
     for switch in (theirs.gradient_checkpointing_disable, theirs.gradient_checkpointing_enable):
         switch()
         theirs.zero_grad()
-        loss = theirs.train()(idx, labels=labels.masked_fill(labels < 0, -100), use_cache=False).loss
+        loss = theirs.train()(idx, labels=labels, use_cache=False).loss
         assert_close(loss, ours)
         loss.backward()
         for name, p in theirs.named_parameters():
             assert_close(p.grad, model.get_parameter(name).grad, 1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 def test_in_bfloat16_the_selection_bias_stays_float32(tmp_path, full):
     """And the router's weights, where the router computes in float32."""
     model, _ = exported(tmp_path / "out", router_use_full_prec=full, use_bias_balance=True)
     theirs, idx = load(tmp_path / "out", dtype=torch.bfloat16), tokens(3, 20)
-    router = theirs.transformer.h[0].mlp.router
+    router, given = theirs.transformer.h[0].mlp.router, logits(theirs, idx)
     assert torch.equal(router.balance_bias, model.transformer.h[0].mlp.router.balance_bias)
-    assert router.w_g.weight.dtype == (torch.float32 if full else torch.bfloat16)
-    given, expected = logits(theirs, idx), logits(model, idx)
-    difference = (given - expected).abs() / expected.abs().max()
-    assert given.dtype == torch.bfloat16 and difference.median() < 0.01 and (difference < 0.05).float().mean() > 0.9
+    assert router.w_g.weight.dtype == (torch.float32 if full else torch.bfloat16) and given.dtype == torch.bfloat16
+    assert ((given - logits(model, idx)).abs() / given.abs().max()).median() < 0.01
 
 
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 1]])
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_arguments_mean_the_same_as_for_gpt2(tmp_path):
     """The same dense weights in our class and in transformers' GPT-2; logits of padding mean nothing."""
@@ -147,21 +134,15 @@ def test_arguments_mean_the_same_as_for_gpt2(tmp_path):
         {}, {"attention_mask": LEFT}, {"attention_mask": LEFT, "position_ids": (LEFT.cumsum(1) - 1).clamp(min=0)},
         {"labels": tokens(2, 8).masked_fill(LEFT == 0, -100), "attention_mask": LEFT.flip(1)}, {"use_cache": False},
         {"labels": tokens(2, 8), "num_items_in_batch": torch.tensor(5)}, {"logits_to_keep": torch.tensor([0, 3])},
-        {"logits_to_keep": 1}, {"output_hidden_states": True},
     ):
         given, wanted = (model(tokens(2, 8), **arguments) for model in (ours, gpt2))
         keep = arguments.get("attention_mask", torch.ones(given.logits.shape[:2])).bool()
-        assert given.keys() == wanted.keys()
         assert_close(given.logits[keep], wanted.logits[keep])
-        assert "labels" not in arguments or torch.allclose(given.loss, wanted.loss)
-        for x, y in zip(given.hidden_states or (), wanted.hidden_states or (), strict=True):
-            assert_close(x, y)
-    for wrong, error in (({"output_attentions": True}, TypeError), ({"inputs_embeds": torch.ones(1)}, ValueError)):
-        with pytest.raises(error):
-            ours(tokens(1, 2), **wrong)
+        assert given.keys() == wanted.keys() and ("labels" not in arguments or torch.allclose(given.loss, wanted.loss))
+    with pytest.raises(TypeError):
+        ours(tokens(1, 2), output_attentions=True)
 
 
-@pytest.mark.slow
 def test_generated_text_is_the_same_with_any_cache_and_padding(tmp_path):
     """Greedy, never a token that only fills the vocabulary, though these are the likeliest."""
     model = random_model(vocab_size=400, **BALANCED)
@@ -170,8 +151,7 @@ def test_generated_text_is_the_same_with_any_cache_and_padding(tmp_path):
     theirs, row = load(tmp_path / "out"), tokens(1, 5)
     wanted = row
     for _ in range(12):
-        scores = logits(model, wanted)[:, -1, :257]
-        wanted = torch.cat([wanted, scores.argmax(-1, keepdim=True)], dim=1)
+        wanted = torch.cat([wanted, logits(model, wanted)[:, -1, :257].argmax(-1, keepdim=True)], dim=1)
     greedy = {"max_new_tokens": 12, "do_sample": False}
     for cache in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         assert torch.equal(theirs.generate(row, attention_mask=torch.ones_like(row), **greedy, **cache), wanted)
@@ -193,39 +173,41 @@ def test_an_exported_tokenizer_is_ours(tmp_path, name, n_exp):
 
 
 def test_what_the_class_does_not_compute_is_not_exported(tmp_path, monkeypatch):
+    def refused(model, said):
+        with pytest.raises(UserError, match=f"not exported: .*{said}.*: add what is new to lab/modeling_moe_gpt2"):
+            export_hf(model, tmp_path / "sub" / "out", "bytes")
+        assert not list((tmp_path / "sub").glob("*"))
+
     new_gate = GATES["softmax"]._replace(weigh=lambda logits_TK, scores_TK: 2 * scores_TK)
     monkeypatch.setattr(model_module, "check_ranges", lambda config: None)
     monkeypatch.setitem(GATES, "twice", new_gate)
-    unknown, extra, changed = random_model(gate="twice"), random_model(), random_model(gate="softmax")
+    refused(random_model(gate="twice"), "gate 'twice' is not one of")
+    extra, changed = random_model(), random_model(gate="softmax")
     extra.transformer.h[1].mlp.extra = torch.nn.Linear(2, 2)
+    refused(extra, r"Unexpected key.*mlp\.extra\.weight")
     monkeypatch.setitem(GATES, "softmax", new_gate)
-    for model, said in (
-        (unknown, r"gate 'twice' is not one of .*: add what is new to lab/modeling_moe_gpt2\.py"),
-        (extra, r"Unexpected key.*mlp\.extra\.weight"), (changed, "transformers computes other logits"),
-    ):
-        with pytest.raises(UserError, match=f"not exported: .*{said}"):
-            export_hf(model, tmp_path / "sub" / "out", "bytes")
-        assert not list((tmp_path / "sub").glob("*"))
+    refused(changed, "transformers computes other logits")
     for kind in (GPT, transformers.GPT2LMHeadModel):
 
         def leaky(self, idx, real=kind.forward, **kwargs):
             return SimpleNamespace(logits=real(self, idx, **kwargs).logits + idx.float().mean())
 
         monkeypatch.setattr(kind, "forward", leaky)
-    with pytest.raises(UserError, match="not exported: a later token or another row moves a logit"):
-        export_hf(random_model(n_exp=1), tmp_path / "out", "bytes")
+    refused(random_model(n_exp=1), "a later token or another row moves a logit")
 
 
-def test_a_folder_with_files_is_never_written_to(tmp_path):
+def test_a_folder_with_files_is_never_written_to_and_its_code_never_run(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     model, _ = exported(out)  # empty before
-    assert [path.name for path in tmp_path.iterdir() if path.name != "modules"] == ["out"]
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "modules"}
+    (out / "modeling_moe_gpt2.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')")
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     for target in (out, out / "config.json"):
         with pytest.raises(UserError, match="is not empty: give a new folder"):
             export_hf(model, target, "unknown")
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert torch.equal(logits(from_pretrained(out), tokens(1, 5)), logits(model, tokens(1, 5)))
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before and not (tmp_path / "it_ran").exists()
 
 
 # -- in
@@ -244,13 +226,6 @@ def random_gpt2(folder, change=None):
     return theirs
 
 
-def old_style(found):
-    """Without a prefix, with masks and the output projection, as the files of 2019."""
-    masks = {"h.0.attn.bias": torch.ones(1, 1, 24, 24), "h.1.attn.masked_bias": torch.tensor(-1e4)}
-    head = {"lm_head.weight": found["transformer.wte.weight"].clone()}
-    return masks | head | {key.removeprefix("transformer."): tensor for key, tensor in found.items()}
-
-
 def test_gpt2_folders_are_read_as_transformers_reads_them(tmp_path):
     theirs, idx = random_gpt2(tmp_path), tokens(3, 20, 130)
     parts = sorted(tmp_path.glob("model-*.safetensors"))
@@ -264,6 +239,11 @@ def test_gpt2_folders_are_read_as_transformers_reads_them(tmp_path):
     grown = logits(from_pretrained(tmp_path, vocab_size=192), idx)  # an added row is the mean of the others
     torch.testing.assert_close(grown[..., :130], logits(ours, idx), rtol=0, atol=1e-5)
     assert (torch.softmax(grown, -1)[..., 130:] < 1 / 130).all()
+
+    def old_style(found):
+        others = {"h.0.attn.bias": torch.ones(1, 1, 24, 24), "lm_head.weight": found["transformer.wte.weight"].clone()}
+        return others | {key.removeprefix("transformer."): tensor for key, tensor in found.items()}
+
     random_gpt2(tmp_path / "old", old_style)
     assert torch.equal(logits(from_pretrained(tmp_path / "old"), idx), logits(ours, idx))
 
@@ -284,30 +264,21 @@ def test_other_architectures_are_refused(tmp_path, change, said):
 
 
 def test_what_is_no_source_is_named(tmp_path, monkeypatch):
-    config, weights, twice, untied = tmp_path / "config.json", tmp_path / "model.safetensors", "wte.weight", "lm_head.weight"
-    wte = "transformer.wte.weight"
+    config, weights, wte = tmp_path / "config.json", tmp_path / "model.safetensors", "transformer.wte.weight"
     for make, said in (
         (lambda: None, "has no checkpoint"), (lambda: config.write_text("{"), r"config\.json does not describe"),
-        (lambda: random_gpt2(tmp_path, lambda found: found | {twice: found[wte].clone()}), f"holds {wte} twice"),
-        (lambda: random_gpt2(tmp_path, lambda found: found | {untied: found[wte] + 1}), "output projection of its own"),
+        (lambda: random_gpt2(tmp_path, lambda found: found | {"wte.weight": found[wte] + 0}), f"holds {wte} twice"),
+        (lambda: random_gpt2(tmp_path, lambda found: found | {"lm_head.weight": found[wte] + 1}), "its own"),
         (lambda: weights.write_bytes(b"not this"), "cannot read model.safetensors .*pickled weights are not read"),
-        (weights.unlink, "No such file"),
     ):
         make()
         with pytest.raises(UserError, match=said):
             from_pretrained(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name, said in (("gpt3", "no gpt3: give a checkpoint.* or one of gpt2, gpt2-medium"), ("gpt2", "--local-dir gpt2")):
+    for name, said in (("gpt3", "no gpt3: give a checkpoint.* or one of gpt2, gpt2-m"), ("gpt2", "--local-dir gpt2")):
         with pytest.raises(UserError, match=said):
             from_pretrained(name)
-
-
-def test_code_in_a_folder_is_not_run(tmp_path):
-    model, _ = exported(tmp_path / "out")
-    (tmp_path / "out" / "modeling_moe_gpt2.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')")
-    assert torch.equal(logits(from_pretrained(tmp_path / "out"), tokens(1, 5)), logits(model, tokens(1, 5)))
-    assert not (tmp_path / "it_ran").exists()
 
 
 @pytest.mark.parametrize("fields", [
@@ -322,9 +293,8 @@ def test_an_upcycled_model_computes_the_dense_function(tmp_path, fields):
     assert_close(logits(first, idx), logits(dense, idx))
     assert all(moe.router.w_g.weight.std() > 0.005 for _, moe in first.moe_layers()) and len(first.moe_layers()) > 1
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
-    for wrong, said in (({"gate": "softmax"}, "must sum to 1"), ({"gate": "sigmoid", "top_k": 1}, "must sum to 1"),
-                        ({"expert_hidden": 64}, "expert_hidden 64: MLPs of .* are copied whole")):
-        with pytest.raises(UserError, match=said):
+    for wrong in ({"gate": "softmax"}, {"gate": "sigmoid", "top_k": 1}, {"expert_hidden": 64}):
+        with pytest.raises(UserError, match=r"must sum to 1|expert_hidden 64: MLPs of .* are copied whole"):
             from_pretrained(tmp_path, n_exp=4, **wrong)
 
 
@@ -354,7 +324,7 @@ def test_a_run_is_a_source_and_what_its_weights_fix_cannot_change(tmp_path):
 def test_the_command_exports_and_merges(tmp_path):
     model, idx = random_model(), tokens(2, 9)
     run = run_folder(tmp_path / "run", model, fsdp=True)
-    flags, env = ["--export-hf", "out", "--merge", "a.pt"], {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    env, flags = {"HF_MODULES_CACHE": str(tmp_path / "modules")}, ["--export-hf", "out", "--merge", "a.pt"]
     run_script("weights.py", "--checkpoint", run, *flags, cwd=tmp_path, env=env, check=0)
     assert_close(logits(load(tmp_path / "out"), idx), logits(model, idx))
     assert "From run/step_000009." in (tmp_path / "out" / "README.md").read_text()
