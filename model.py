@@ -114,7 +114,7 @@ def load_in_step(so_far: torch.Tensor, count_E: torch.Tensor, n_tokens: int) -> 
     if dist.is_initialized():
         dist.all_reduce(new)
     so_far.add_(new)
-    return (so_far[:-1] / so_far[-1]).to(count_E.dtype)
+    return so_far[:-1].to(count_E.dtype) / so_far[-1]
 
 
 @load_in_step.register_fake
