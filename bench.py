@@ -10,8 +10,7 @@
 Prints a table and writes {bench}_{device}_{dtype}.json, with every sample and the facts of the machine, to --out, anew
 after each round. A round times one step of each model, on new data, as in training. A ratio is the median over rounds
 of the ratio within a round, with its 95 % interval; excess is the ratio of times divided by that of FLOPs. Token
-frequencies follow Zipf's law and router weights are three times their usual size: a load at least as uneven as in
-training.
+frequencies follow Zipf's law and router weights are three times their usual size: the load is rather too uneven.
 """
 
 import functools
@@ -21,6 +20,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import statistics
 import sys
 import time
@@ -287,8 +287,7 @@ def measure(args, cells, facts, samples):
     # Another repository's model gets a process of its own for its modules and operators, one-hot dispatch for its
     # memory: gigabytes that go back to the system after it, and slow the model that follows.
     apart = {cell: cell.kind or "one_hot" for cell in cells if cell.kind == "vs" or cell.variant == "one_hot"}
-    spawn = multiprocessing.get_context("spawn")
-    pools = {name: ProcessPoolExecutor(1, mp_context=spawn) for name in set(apart.values())}
+    pools = {name: ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for name in set(apart.values())}
 
     def call(function, cell, *more):
         pool = pools.get(apart.get(cell))
@@ -387,6 +386,7 @@ def main():
     if args.imbalanced and args.uniform_routing:
         raise UserError("--imbalanced and --uniform_routing exclude each other: pass one")
     Path(args.out).mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, so that no other process is left behind
     facts, samples = {}, {}
     for cells in groups_of(args):
         measure(args, cells, facts, samples)
