@@ -105,10 +105,9 @@ def tensors_of(model, optimizer):
     weights = model.state_dict()  # first: FSDP cuts what an evaluation has left whole
     names, moments = {p: name for name, p in model.named_parameters()}, {}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(names.values())
-    weights = {name: value for name, value in weights.items() if name not in tied}
     for p, of_parameter in optimizer.state.items():
         moments |= {f"{names[p]}/{moment}": value for moment, value in of_parameter.items()}
-    return {"model": weights, "optimizer": moments}
+    return {"model": {name: value for name, value in weights.items() if name not in tied}, "optimizer": moments}
 
 
 def empty_tensors(folder, device):  # of a set, as tensors_of() names them, not yet read

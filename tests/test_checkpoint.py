@@ -106,11 +106,12 @@ def rank_of_two(rank, folder):
             model, optimizer = trained(5 + rank, 0, before=shard if fsdp else lambda model: model, **MOE)
             given = (load(source), source) if rank == 0 else (None, None)
             restore(model, optimizer, *given)
+            with torch.no_grad():
+                model.eval()(torch.zeros(2, 8, dtype=torch.int64))  # FSDP leaves some parameters whole
             saver = BackgroundSaver(folder / f"{source.stem}_{fsdp}", 3, dist.new_group(backend="gloo"))
             saver.save(model, optimizer, {"step": 7}, 7, fsdp)
             train_step(model, optimizer, 0)  # while the copies are written
             assert saver.wait() is None and model.lm_head.weight is model.transformer.wte.weight
-            dist.barrier()
     with pytest.raises(UserError, match=r"does not fit: transformer.h.0.attn"):
         restore(*trained(n_embd=32), *given)
     dist.destroy_process_group()
@@ -120,8 +121,7 @@ def rank_of_two(rank, folder):
 @pytest.mark.slow
 def test_one_rank_two_ranks_plain_and_sharded_continue_from_each_other(tmp_path):
     wanted = trained(**MOE)
-    for step, fsdp in ((1, False), (2, True)):
-        write(tmp_path, *wanted, step, fsdp)
+    write(tmp_path, *wanted, 1), write(tmp_path, *wanted, 2, fsdp=True)
     ranks = [fork(rank_of_two, rank, tmp_path) for rank in range(2)]
     assert [process.join(300) or process.exitcode for process in ranks] == [0, 0]
     for folder in tmp_path.glob("step_*_*e"):
