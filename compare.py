@@ -70,7 +70,8 @@ NOTHING = {"minus": math.nan, "pairs": 0, "test": "", **NO_TEST}
 
 def in_words(table, without=()):
     """Name and settings of each row as text: runs of equal rows are one group."""
-    return table[["name", *(column for column in table if column not in (*NOT_COUNTED, *without))]].map(as_text)
+    kept = ["name", *(column for column in table if column not in (*NOT_COUNTED, *without))]
+    return table[kept].map(as_text).astype(object)
 
 
 def add_groups(table):
@@ -225,7 +226,7 @@ def fit_power_law(tokens, losses):
     if tokens.nunique() < 3:
         return None
     start, bounds = (0.8 * losses.min(), 0.2 * losses.min(), 0.3), ((0, 0, 0.01), (np.inf, np.inf, 3))
-    law, part = (lambda part, limit, scale, exponent: limit + scale * part**-exponent), tokens / tokens.max()
+    law, part = (lambda x, limit, scale, exponent: limit + scale * x**-exponent), (tokens / tokens.max()).to_numpy()
     try:
         limit, scale, exponent = optimize.curve_fit(law, part, losses, start, bounds=bounds)[0]
     except RuntimeError:  # it did not converge
@@ -373,8 +374,7 @@ class Args:
 def compare(table, baseline="", best_rate=False, selection_seeds=()):
     """(groups, samples) of a table of runs, as the command prints them; summarize() says what they hold."""
     table = add_groups(table)
-    if best_rate:
-        table = at_best_rates(table, selection_seeds)
+    table = at_best_rates(table, selection_seeds) if best_rate else table
     groups, samples = summarize(table)
     if baseline:
         words = in_words(table).groupby(table.group).first()

@@ -102,8 +102,7 @@ def thin(log):
     parts = [log[log.stream.isin((*runs.EVALUATIONS, "diverged"))], log[(log.stream == "hours") & at_val]]
     parts.append(log[is_load & (log.step == log.step[is_load].max())])
     parts.append(pd.DataFrame({"step": runs.spike_steps(log), "stream": "spike", "value": 1.0}))
-    for stream in ("train", "max_vio", "drop_frac"):
-        rows = log[log.stream == stream]
+    for _, rows in log[log.stream.isin(("train", "max_vio", "drop_frac"))].groupby("stream"):
         part = np.arange(len(rows)) * POINTS // max(len(rows), POINTS)
         parts.append(rows.groupby(part).agg({"step": "last", "stream": "last", "value": "mean"}))
     return pd.concat([log[:0], *(part for part in parts if len(part))], ignore_index=True)
