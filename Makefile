@@ -6,18 +6,18 @@ VENV := .venv$(if $(filter command,$(origin PYTHON)),-$(notdir $(PYTHON)))
 RUN := $(VENV)/bin/python
 
 # Dense, MoE and balanced MoE, two seeds each, on the text of Python's own standard library: no download, a few minutes.
-DEMO := --data_root data/bytes --vocab_size 257 --n_layer 4 --n_head 4 --n_embd 128 --T 64 --B 32 --stride 1 \
-	--total_batch_size 2048 --max_steps 450 --max_lr 4e-3 --warmup_steps 50 --val_loss_every 50 --val_tokens 65536 \
-	--hellaswag_every 0 --sample_from_model_every 0 --device cpu --logs_dir logs/demo
+DEMO := --data_root data/bytes --vocab_size 257 --n_layer 2 --n_head 4 --n_embd 128 --stride 1 --T 64 --B 16 \
+	--total_batch_size 1024 --max_steps 450 --warmup_steps 50 --max_lr 4e-3 --val_loss_every 75 --val_tokens 16384 \
+	--hellaswag_every 0 --sample_from_model_every 0 --device cpu
 demo: $(VENV)/run
 	$(RUN) fineweb.py --stdlib --tokenizer bytes --out data/bytes
-	$(RUN) sweep.py --variants no_moe only_moe aux_only --seeds 1 2 --jobs 2 $(DEMO)
+	$(RUN) sweep.py --variants only_moe aux_only no_moe --seeds 1 2 --jobs 2 $(DEMO) --logs_dir logs/demo
 	$(RUN) compare.py logs/demo --baseline no_moe
-	$(RUN) sample.py --checkpoint logs/demo/aux_only_seed_1 --prompt "def " --max_new_tokens 200
+	$(RUN) sample.py --checkpoint logs/demo/aux_only_seed_1 --prompt "class " --max_new_tokens 300 --temperature 0.7
 	$(RUN) routes.py --checkpoint logs/demo/aux_only_seed_1 --out routes/demo
 	FIGURES=demo $(MAKE) --no-print-directory figures
 	@echo "next: edit Args in train_single_gpu.py and train, or pass flags:"
-	@echo "  $(RUN) train_single_gpu.py --name mine $(filter-out --logs_dir logs/demo,$(DEMO)) --top_k 1 --gate softmax"
+	@echo "  $(RUN) train_single_gpu.py --name mine $(DEMO) --top_k 1 --gate softmax"
 	@echo "  $(RUN) compare.py logs"
 	@echo "  routes/demo: which expert takes which token; docs/add_a_trick.md: your own router"
 
