@@ -79,7 +79,7 @@ def main():
     command += f" --vocab_size {meta['vocab_size']}" if meta["tokenizer"] != "gpt2" else ""
     if not Path("/dev/nvidiactl").exists():
         flops = 6 * 2000 * 1024 * (1.05e6 + 128 * meta["vocab_size"])  # 6 per token and active parameter
-        print(f"no NVIDIA GPU here, so a small model: 2M tokens, {flops:.1e} FLOPs, minutes on a CPU")
+        print(f"no NVIDIA GPU here, so a small model: {flops:.1e} FLOPs, about {flops / 3e12:.0f} minutes on a CPU")
         command += " --n_layer 4 --n_head 4 --n_embd 128 --T 64 --total_batch_size 1024 --max_steps 2000"
         command += " --warmup_steps 100 --max_lr 4e-3 --hellaswag_every 0 --use_aux_loss"
     print(f"train with: {command}")
