@@ -361,7 +361,7 @@ def notes(table, groups, at_step):
 
 @dataclass
 class Args:
-    paths: tyro.conf.Positional[tuple[str, ...]]  # Folders with runs or kept experiments
+    paths: tyro.conf.Positional[tuple[str, ...]] = ("logs",)  # Folders with runs or kept experiments
     baseline: str = ""  # Name of the group to subtract, with settings if several fit: no_moe,max_steps=2596
     names: tuple[str, ...] = ()  # Names of the groups in the table, beside the baseline (default: all)
     at_step: NotNegative | None = None  # Step at which the runs are judged (default: the last of each)

@@ -48,7 +48,8 @@ def read(paths, at_step=None):
     # one run that is named twice, such as its log and its kept copy, counts once
     table = pd.concat([table.dropna(axis=1, how="all") for table in tables], ignore_index=True)
     table = table.reindex(columns=list(dict.fromkeys([*MEASURED, *runs.SEEDS, *table])))
-    table = table.drop_duplicates(["run", "step", "val"], ignore_index=True).fillna({"data_seed": 0})
+    again = table.assign(val=table.val.astype("float32")).duplicated(["run", "step", "val"])
+    table = table[~again].reset_index(drop=True).fillna({"data_seed": 0})
     if table.run.duplicated().any():
         raise UserError(f"two runs are called {table.run[table.run.duplicated()].iloc[0]}: rename the folder of one")
     return table, pd.concat(curves, ignore_index=True).drop_duplicates(["run", "step", "stream"])
