@@ -65,7 +65,6 @@ def main():
     args = common.parse(Args)
     meta, finish = open_source(args)
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     with common.lock(out / "lock", "wait for it, or choose another --out"):
         if (out / "meta.json").exists():
             new, meta = meta, json.loads((out / "meta.json").read_bytes())

@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -119,7 +120,10 @@ class Args(GPTConfig):
     dist_timeout: Positive = 600  # Seconds until ranks that wait for a dead one stop
 
     def __post_init__(self):
-        """Settings that contradict each other; ranges are checked by common.parse, the model's own by GPTConfig."""
+        """Refuse values that no run can have, and settings that contradict each other."""
+        common.check_ranges(self)
+        if self.init_from == "scratch":
+            self.model_config()
         per_micro_step = self.B * self.T * devices.world()[1]
         if self.total_batch_size % per_micro_step:
             nearest = max(1, round(self.total_batch_size / per_micro_step)) * per_micro_step
@@ -135,6 +139,11 @@ class Args(GPTConfig):
             raise ValueError("recompute blocks would count each micro-batch twice in balance_scope step: leave one out")
         if self.optimizer == "muon" and not self.max_lr:
             raise ValueError("max_lr must be above 0 for muon: the schedule is relative to it")
+
+    def model_config(self):
+        """The model's settings alone."""
+        names = [field.name for field in dataclasses.fields(GPTConfig)]
+        return GPTConfig(**{name: getattr(self, name) for name in names} | {"block_size": self.block_size or self.T})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,7 +168,9 @@ def train(args, machine, run):
         step, hours, best, run.state = resumed["step"], resumed["hours"], resumed["best"], True
     tokenizer, examples = load_evaluations(args, machine, run, train_loader)
     devices.from_rank_0(machine, start, run, args, machine, raw_model, train_loader, val_loader, step)
-    groups = [dist.new_group(backend="gloo") if args.fsdp else None for _ in range(2)]  # of the writing threads
+    groups = [None, None]  # of the threads that write sharded checkpoints
+    if args.fsdp:
+        groups = [dist.new_group(backend="gloo", timeout=timedelta(seconds=args.dist_timeout)) for _ in groups]
     saver = checkpoint.BackgroundSaver(run.checkpoints, args.keep_checkpoints, groups[0])
     best_saver = checkpoint.BackgroundSaver(run.checkpoints / "best", 1, groups[1])
     compiled = devices.is_compiled(args, machine)
@@ -191,7 +202,7 @@ def train(args, machine, run):
         if args.keep_best and is_best and step > first_step:
             save(best_saver, run, raw_model, optimizer, train_loader, step, hours, best)
         if last or stop.now:
-            best_saver.wait()
+            warn(run, best_saver.wait())
             return finish(saver, run, step, best, done=not stop.now)
 
         # One step: gradients of grad_accum micro-batches. Losses and statistics stay on the device.
@@ -272,17 +283,18 @@ def make_loader(args, split, machine):
 def build_model(args, machine, resumed, loader):
     """The bare model on its device: from scratch, from --init_from, or empty where a checkpoint follows."""
     generator = torch.Generator().manual_seed(args.seed)
-    names = [field.name for field in dataclasses.fields(GPTConfig)]
-    config = {name: getattr(args, name) for name in names} | {"block_size": args.block_size or args.T}
     if resumed:
         model = GPT(GPTConfig(**resumed["config"]), generator)
     elif args.init_from == "scratch":
-        model = GPT(GPTConfig(**config), generator)
+        model = GPT(args.model_config(), generator)
     else:
-        # What is at its default here is that of the weights; a dense model that is only evaluated stays dense.
-        changed = {name: getattr(args, name) for name in names if getattr(args, name) != getattr(Args, name)}
-        if not args.eval_only:
-            changed |= {name: config[name] for name in names if name not in weights.SHAPE}
+        # The shape is that of the weights where it is at its default; a dense model that is only evaluated stays dense.
+        changed = {}
+        for field in dataclasses.fields(GPTConfig):
+            value = getattr(args, field.name)
+            of_weights = args.eval_only or field.name in weights.SHAPE
+            if value != getattr(Args, field.name) or not of_weights:
+                changed[field.name] = value
         model = weights.from_pretrained(args.init_from, generator, **changed)
         theirs = weights.read_source(args.init_from)[3]
         if theirs != loader.tokenizer:
@@ -354,8 +366,7 @@ def validate(model, loader, args, machine, stop):
     model.eval()
     n_rows = min(max(1, args.val_tokens // args.T), loader.file_rows)
     rank, world_size = machine.eval_share
-    lengths = token_bytes(loader.tokenizer, loader.vocab_size)  # None: not known
-    lengths = torch.tensor(lengths if lengths is not None else [0] * loader.vocab_size, device=machine.device)
+    lengths = torch.tensor(token_bytes(loader.tokenizer, loader.vocab_size), device=machine.device)  # 0: not known
     dtype = torch.float32 if machine.device.type == "mps" else torch.float64
     sums = torch.zeros(3, dtype=dtype, device=machine.device)
     for first in range(rank * args.B, n_rows, world_size * args.B):
@@ -426,7 +437,11 @@ def save(saver, run, model, optimizer, loader, step, hours, best):
         "settings": dataclasses.asdict(run.args), "config": dataclasses.asdict(model.config),
         "tokenizer": loader.tokenizer,
     }
-    error = saver.save(model, optimizer, fields, step, fsdp=run.args.fsdp)
+    warn(run, saver.save(model, optimizer, fields, step, fsdp=run.args.fsdp))
+
+
+def warn(run, error):
+    """Say that a checkpoint could not be written, if so."""
     if error:
         run.say(f"warning: a checkpoint could not be written ({error}); training continues, older ones are kept")
 
@@ -463,10 +478,12 @@ def read_args(argv=None):
     source = found.branch if found.resume in ("", "auto") else found.resume
     if not source:
         return common.parse(Args, argv)
-    config = runs.read_config(source if Path(source, "config.json").exists() else Path(source).parent)
+    is_checkpoint = Path(source).exists() and not Path(source, "config.json").exists()
+    config = runs.read_config(Path(source).parent if is_checkpoint else source)
     known = {field.name for field in dataclasses.fields(Args)}
     settings = {name: value for name, value in runs.settings_of(config).items() if name in known}
     settings |= {"resume": found.resume, "branch": found.branch, "eval_only": False}
+    settings["fsdp"] &= devices.world()[1] > 1  # a run of several ranks continues on one
     if found.branch:
         settings["name"] = ""
     return common.parse(Args, argv, Args(**settings))
@@ -476,7 +493,7 @@ def evaluate_only(args, machine, run):
     """Print train and val loss of the model as it is: --init_from, or the run that --resume names."""
     loaders = [make_loader(args, split, machine) for split in ("train", "val")]
     if args.resume:
-        model = weights.open_model(args.resume, machine.device)[0]
+        model = weights.from_pretrained(args.resume).to(machine.device)
     else:
         model = build_model(args, machine, None, loaders[0])
     for loader in loaders:

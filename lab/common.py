@@ -62,7 +62,7 @@ def exit_now(code):
 
 
 def before_main(kind, error, traceback):
-    """sys.excepthook, for what happens while a script is imported: Ctrl-C during `import torch`, a wrong edit of Args."""
+    """sys.excepthook, for what happens while a script is imported: Ctrl-C in `import torch`, a wrong edit of Args."""
     if issubclass(kind, KeyboardInterrupt):
         exit_now(INTERRUPTED)
     if issubclass(kind, UserError):
@@ -223,13 +223,22 @@ def atomic_write(path, mode="wb"):
             os.close(folder)
 
 
+@contextlib.contextmanager
 def lock(path, remedy):
-    """Hold the lock file `path` until .release() or the end of the process. UserError where another process has it."""
+    """Hold the lock file `path`; UserError where another process has it. A folder that stays empty goes with it."""
     import filelock
 
-    held = filelock.FileLock(path)
+    held, folder = filelock.FileLock(path), Path(path).parent
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         held.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{path} is held by another process: {remedy}") from None
-    return held
+    try:
+        yield
+    finally:
+        Path(path).unlink(missing_ok=True)
+        held.release()
+        with contextlib.suppress(OSError):  # it is not empty
+            folder.rmdir()
+            folder.parent.rmdir()

@@ -193,7 +193,7 @@ class Run:
     def __init__(self, args, is_main):
         self.args, self.is_main = args, is_main
         self.folder = self.config = self.state = self.path = self.file = self.bar = self.tracker = None
-        self.locks, self.lost, self.last = [], False, {}
+        self.locks, self.lost, self.last = contextlib.ExitStack(), False, {}
 
     # -- opening
 
@@ -207,8 +207,7 @@ class Run:
         args.name = args.name or f"{kind}_{datetime.now():%Y%m%d-%H%M%S}"
         self.locate()
         for folder in {self.folder, self.checkpoints}:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.locks.append(lock(folder / "lock", "wait for it, or choose another --name"))
+            self.locks.enter_context(lock(folder / "lock", "wait for it, or choose another --name"))
         is_there = (self.folder / "config.json").exists()
         used = is_there or (self.folder / "log.txt").exists() or checkpoint.newest(self.checkpoints)
         if used and not args.resume:
@@ -220,9 +219,8 @@ class Run:
         elif used or args.resume not in ("", "auto"):
             raise UserError(f"{self.folder} has no config.json: no run to continue")
         source = args.branch if args.branch and not is_there else self.checkpoints
-        needs = ("model", "optimizer", "loader", "config")
         if (args.branch and not is_there) or checkpoint.newest(self.checkpoints):
-            self.path, self.state = checkpoint.read(source, needs)
+            self.path, self.state = checkpoint.read(source, ("loader", "config", "step"))
         elif is_there and args.resume != "auto":
             raise UserError(f"{self.folder} has no checkpoint yet: delete it and start again, or pass --resume auto")
         plain = ("step", "hours", "best", "loader", "config", "tokenizer")
@@ -343,16 +341,11 @@ class Run:
             self.bar.update()
 
     def close(self):
-        """End bar, log and tracker; a folder that holds nothing but its lock is removed."""
+        """End bar, log and tracker; give the folder back."""
         if self.bar is not None:
             self.bar.close()
         if self.file:
             self.file.close()
         if self.tracker:
             self.tracker.finish()
-        for held in self.locks:
-            held.release()
-            folder = Path(held.lock_file).parent
-            if [path.name for path in folder.iterdir()] == ["lock"]:
-                Path(held.lock_file).unlink()
-                folder.rmdir()
+        self.locks.close()

@@ -1,5 +1,5 @@
-"""Wrong inputs of every script, one per kind of mistake: exit code 2, a message that names the remedy, no traceback, and
-nothing left behind."""
+"""Wrong inputs of every script, one per kind of mistake: exit code 2, a message that names the remedy, no traceback,
+and nothing left behind."""
 
 import contextlib
 import importlib
@@ -22,9 +22,9 @@ ROWS = [
     (f"{TRAIN} --n_expp 3", "--n_exp"), (f"{TRAIN} stray", "stray"), (f"{TRAIN} --max_lr fast", "max_lr"),
     (f"{TRAIN} --gate relu", "relu"), (f"{TRAIN} --B", "--B"), ("fineweb --frobnicate", "frobnicate"),
     # a value outside its range, nan, a contradiction
-    (f"{TRAIN} --B 0", "--B must be at least 1"), (f"{TRAIN} --max_lr nan", "--max_lr must be"),
-    (f"{TRAIN} --beta1 1", "--beta1 must be"), (f"{TRAIN} --grad_clip 0", "--grad_clip must be above 0"),
-    (f"{TRAIN} --n_exp 2 --top_k 3", "top_k 3 is more than n_exp"), (f"{TRAIN} --n_embd 30 --n_head 4", "not divisible"),
+    (f"{TRAIN} --B 0", "B must be at least 1"), (f"{TRAIN} --max_lr nan", "max_lr must be"),
+    (f"{TRAIN} --beta1 1", "beta1 must be"), (f"{TRAIN} --grad_clip 0", "grad_clip must be above 0"),
+    (f"{TRAIN} --n_exp 2 --top_k 3", "top_k 3 is more"), (f"{TRAIN} --n_embd 30 --n_head 4", "not divisible"),
     (f"{TRAIN} --total_batch_size 1000", "nearest is --total_batch_size 1024"), (f"{TRAIN} --fsdp", "torchrun"),
     (f"{TRAIN} --block_size 16", "lower it"), (f"{TRAIN} --use_bias_balance --use_quantile_balance", "choose one"),
     (f"{TRAIN} --vocab_size 100", "vocab_size"), (f"{TRAIN} --first_dense 2", "leaves no MoE layer"),
@@ -37,7 +37,8 @@ ROWS = [
     (f"{TRAIN} --resume nowhere", "nowhere"), (f"{TRAIN} --resume empty", "config.json"),
     (f"{TRAIN} --init_from nowhere/at/all", "nowhere/at/all"), (f"{TRAIN} --init_from foreign.pt", "foreign.pt"),
     ("sample --checkpoint absent.pt", "absent.pt"), ("sample --checkpoint empty", "empty"),
-    ("sample --checkpoint foreign.pt", "foreign.pt"), ("sample", "--checkpoint"), ("sample --temperature -1", "temperature"),
+    ("sample --checkpoint foreign.pt", "foreign.pt"), ("sample", "--checkpoint"),
+    ("sample --temperature -1", "temperature"),
     ("hellaswag --checkpoint payload.pt", "payload.pt"), ("weights --checkpoint torn.pt --export_hf out", "torn.pt"),
     ("routes --checkpoint empty --out out", "empty"),
     # text
@@ -83,8 +84,9 @@ def test_a_wrong_input_is_exit_code_2_and_names_the_remedy(line, said, wrong, mo
     script, *words = shlex.split(line)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
     before, module, errors = sorted(wrong.rglob("*")), importlib.import_module(script), io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as end:
-        common.run(module.main)
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+        with pytest.raises(SystemExit) as end:
+            common.run(module.main)
     message = errors.getvalue()
     assert end.value.code == 2, message
     assert said in message and "Traceback" not in message, message

@@ -29,7 +29,8 @@ class Args(Base):
 
 
 def test_underscores_and_dashes_are_the_same_and_unknown_flags_can_be_kept():
-    assert common.parse(Args, ["--n_layer", "3", "--use-noise"]) == common.parse(Args, ["--n-layer", "3", "--use_noise"])
+    a, b = (common.parse(Args, words) for words in (["--n_layer", "3", "--use-noise"], ["--n-layer", "3", "--use_noise"]))
+    assert a == b and a.n_layer == 3 and a.use_noise
     args, rest = common.parse(Args, ["--gate", "b", "--top_k", "1"], unknown=True)
     assert args.gate == "b" and rest == ["--top_k", "1"]
     assert common.parse(Args, ["--seed", "8"], default=Args(gate="b")) == Args(gate="b", seed=8)
@@ -71,7 +72,7 @@ def test_exit_codes(body, code):
     script = f"from lab import common\ndef main():\n    {body}\ncommon.run(main)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == code
-    assert ("Traceback" in done.stderr) == (code == 1) and done.stderr.count("\n") == (code == 2) or code == 1
+    assert (("Traceback" in done.stderr) == (code == 1) and done.stderr.count("\n") == (code == 2)) or code == 1
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
@@ -84,7 +85,8 @@ def test_a_full_disk_under_stdout_is_exit_code_2():
 
 def test_a_reader_that_leaves_is_no_error():
     script = "from lab import common\ncommon.run(lambda: [print(i) for i in range(10**5)] and None)"
-    done = subprocess.run(f"{sys.executable} -c '{script}' | head -1", shell=True, capture_output=True, text=True, cwd=ROOT)
+    pipe = f"{sys.executable} -c '{script}' | head -1"
+    done = subprocess.run(pipe, shell=True, capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "0\n" and done.stderr == ""
 
 
@@ -93,15 +95,15 @@ def test_an_atomic_file_is_whole_or_absent(tmp_path):
     with atomic_write(path, "w") as f:
         f.write("old")
     with pytest.raises(ZeroDivisionError), atomic_write(path, "w") as f:
-        f.write("half")
-        1 / 0
+        f.write(f"half {1 / 0}")
     assert path.read_text() == "old" and not list(tmp_path.glob(f"*{TEMP_SUFFIX}"))
 
 
 def test_one_holder_of_a_lock(tmp_path):
-    held = lock(tmp_path / "lock", "wait")
-    code = f"from lab import common\ncommon.run(lambda: common.lock({str(tmp_path / 'lock')!r}, 'wait') and 0)"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert other.returncode == 2 and "held by another process: wait" in other.stderr
-    held.release()
+    path = tmp_path / "new/lock"
+    code = f"from lab import common\ncommon.run(lambda: common.lock({str(path)!r}, 'wait').__enter__())"
+    with lock(path, "wait"):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert other.returncode == 2 and "held by another process: wait" in other.stderr
+    assert not path.parent.exists(), "nothing was written"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,5 +1,6 @@
 """One folder per run: starting, refusing, resuming, changing; reading it back; how it ended. No mistaken identity."""
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -179,7 +180,7 @@ def config_of(**more):
     ("ok", [11.0, 6.2, 5.4, 4.7, 4.3], {"steps": [0, 250, 500, 750, 1000], "pair_loss": 6.5}),  # llm.c's GPT-2: healthy
 ], ids=str)
 def test_how_a_run_ended(expected, val, more):
-    """Stuck is judged by the text: a model that knows pairs alone has 2.46 nats per byte of prose, 6.5 per GPT-2 token."""
+    """Stuck is judged by the text: pairs alone give 2.46 nats per byte of prose, and 6.5 per GPT-2 token."""
     steps = more.pop("steps", None)
     end = (steps or [400])[-1]
     assert runs.state(config_of(settings={"max_steps": end}, **more), log_of(val, steps)) == expected
@@ -200,8 +201,8 @@ def test_pair_loss_is_that_of_counted_pairs():
     train, val = rng.integers(0, 5, 300).astype(np.uint16), rng.integers(0, 6, 50).astype(np.uint16)
     single = np.bincount(train, minlength=6) + 1.0
     losses = []
-    for a, b in zip(val[:-1], val[1:], strict=True):
-        after = [int(y) for x, y in zip(train[:-1], train[1:], strict=True) if x == a]
+    for a, b in itertools.pairwise(val):
+        after = [int(y) for x, y in itertools.pairwise(train) if x == a]
         p = single[b] / single.sum()
         if after:
             p = max(after.count(b) - 0.75, 0) / len(after) + 0.75 * len(set(after)) / len(after) * p
