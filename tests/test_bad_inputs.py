@@ -84,9 +84,9 @@ def test_a_wrong_input_is_exit_code_2_and_names_the_remedy(line, said, wrong, mo
     script, *words = shlex.split(line)
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
     before, module, errors = sorted(wrong.rglob("*")), importlib.import_module(script), io.StringIO()
-    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
-        with pytest.raises(SystemExit) as end:
-            common.run(module.main)
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with quiet, contextlib.redirect_stderr(errors), pytest.raises(SystemExit) as end:
+        common.run(module.main)
     message = errors.getvalue()
     assert end.value.code == 2, message
     assert said in message and "Traceback" not in message, message
