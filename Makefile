@@ -40,13 +40,25 @@ figures: $(VENV)/dev
 	print(*(o.text for c in n.cells for o in c.get('outputs', []) if o.get('name') == 'stdout'), sep='', end='')"
 
 bench: $(VENV)/run
-	$(RUN) bench.py step
-	$(RUN) bench.py scale
+	$(RUN) bench.py step --tokens 2048 --rounds 5
+	$(RUN) bench.py scale --rounds 5
 
-# The first quarter of an hour on a GPU (docs/gpu.md): each result is written under results/gpu/ at once.
+# The first quarter of an hour on a GPU (docs/gpu.md), most wanted first; each result is in $(GPU) at once.
+B ?= 64
+GPU := results/gpu/$(shell nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -1 | tr -cs 'A-Za-z0-9\n' _)
+GPU_RUN := train_single_gpu.py --data_root data/stdlib --B $(B) --max_steps 60 --warmup_steps 20 --val_loss_every 30 \
+	--hellaswag_every 0 --sample_from_model_every 0 --logs_dir $(GPU) --checkpoint_dir checkpoints/gpu --resume auto
 gpu: $(VENV)/dev
-	-$(RUN) -m pytest tests/test_gpu.py
-	$(RUN) bench.py step
+	mkdir -p $(GPU)
+	-$(RUN) -m pytest tests/test_gpu.py -rf -k "only_moe or grouped" 2>&1 | tee $(GPU)/tests.txt
+	-$(RUN) bench.py step --variants top2 dense --out $(GPU)
+	$(RUN) fineweb.py --stdlib --tokenizer gpt2 --max_tokens 20000000 --out data/stdlib
+	-$(RUN) $(GPU_RUN) --name dense --n_exp 1
+	-$(RUN) $(GPU_RUN) --name top2 --n_exp 8 --use_aux_loss
+	$(RUN) bench.py report --out $(GPU) | tee $(GPU)/report.txt
+	-$(RUN) -m pytest tests/test_gpu.py -rf 2>&1 | tee $(GPU)/tests.txt
+	-$(RUN) bench.py step --tokens 16384 --out $(GPU)/all
+	-$(RUN) bench.py step --variants dense top2 --tokens 16384 --imbalanced --out $(GPU)/imbalanced
 
 # A .venv of Python 3.11 or newer is kept, whoever made it (uv leaves out pip, hence ensurepip); any other is made anew.
 NEW_ENOUGH := -c "import sys; sys.exit(sys.version_info < (3, 11))" 2> /dev/null
