@@ -15,7 +15,7 @@ Difference: mean last val minus that of the baseline, in nats, with a 95 % inter
 once: repeats are averaged. Runs that failed (diverged, stuck, regressed) are counted, not averaged. Where the order of
 the data follows the seed (--data_seed) equal seeds are pairs: paired test. Where every run sees the same data they are
 none, as models of other shape draw other weights: Welch's test. Holm's method corrects p for the rows of the table;
---names makes a smaller one. Outcome, the first rule that holds:
+--names, chosen before the runs, makes a smaller one. Outcome, the first rule that holds:
 
     breaks, works       more, fewer runs failed than of the baseline, and Fisher's exact test gives p below 0.05
     mixed               runs failed and that test does not decide; survivors are no sample and get no interval
@@ -363,7 +363,7 @@ def notes(table, groups, at_step):
 class Args:
     paths: tyro.conf.Positional[tuple[str, ...]] = ("logs",)  # Folders with runs or kept experiments
     baseline: str = ""  # Name of the group to subtract, with settings if several fit: no_moe,max_steps=2596
-    names: tuple[str, ...] = ()  # Names of the groups in the table, beside the baseline (default: all)
+    names: tuple[str, ...] = ()  # Names in the table beside the baseline; choose them before the runs (default: all)
     at_step: NotNegative | None = None  # Step at which the runs are judged (default: the last of each)
     best_rate: bool = False  # Choose the learning rate of each arm on some seeds, report on the others
     selection_seeds: tuple[int, ...] = ()  # Seeds that choose the rate (default: the lower half)
