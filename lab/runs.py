@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import secrets
+import shlex
 import subprocess
 import sys
 from datetime import datetime
@@ -253,8 +254,9 @@ class Run:
         if self.config is None or not self.state:
             parent = {"run": str(self.args.branch), "step": step} if self.args.branch else None
             self.config = {
-                "name": self.args.name, "settings": settings, **facts, "started": f"{datetime.now():%Y-%m-%dT%H:%M}",
-                "tracker_id": secrets.token_hex(4), "parent": parent, "resumed": [],
+                "name": self.args.name, "command": shlex.join(sys.argv), "settings": settings, **facts,
+                "started": f"{datetime.now():%Y-%m-%dT%H:%M}", "tracker_id": secrets.token_hex(4), "parent": parent,
+                "resumed": [],
             }
         else:
             if self.config["data"] != facts["data"]:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -395,3 +396,23 @@ def test_the_process_is_set_up_before_torch_is_loaded(script):
     env = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 9
     assert common.DONE == 0
+
+
+@pytest.mark.slow
+def test_edited_defaults_break_no_quick_test(tmp_path):
+    """Ten defaults edited as a user edits them, with and without types; the quick tests run in that copy."""
+    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, names.split("\0")):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    script = tmp_path / "train_single_gpu.py"
+    source = script.read_text()
+    for name, value in {"max_lr": "1e-2", "n_exp": "16", "B": "8", "max_steps": "500", "data_root": '"mine"'}.items():
+        source, n = re.subn(rf"^    {name}: .* = \S+", f"    {name} = {value}", source, flags=re.MULTILINE)
+        assert n == 1
+    typed = "    n_layer: Positive = 4\n    use_aux_loss: bool = True\n    gate: str = 'softmax'\n"
+    source = source.replace("    # the run\n", typed + "    top_k = 1\n    use_noisy_top_k = True\n    # the run\n")
+    script.write_text(source)
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", "-x", "-q", "-p", "no:cacheprovider", "tests"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:]
