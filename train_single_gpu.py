@@ -193,7 +193,7 @@ def train(args, machine, run):
                 run.log(step, streams)
                 shown = [f"{name} {streams[name]:.4f}" for name in runs.EVALUATIONS if name in streams]
                 run.say(f"step {step:6d} | {' | '.join(shown)}")
-            if step and due(step, args.sample_from_model_every, last) and not stop.now:
+            if step and tokenizer and due(step, args.sample_from_model_every, last) and not stop.now:
                 say_samples(run, raw_model, tokenizer, args, machine, step)
 
         # Checkpoint. Evaluation comes first and is repeated on resume, so that a resumed log equals one left alone.
@@ -389,8 +389,6 @@ def validate(model, loader, args, machine, stop):
 
 
 def say_samples(run, model, tokenizer, args, machine, step):
-    if tokenizer is None:  # shards of an unknown tokenizer
-        return
     try:
         texts = sample.continue_prompt(model, tokenizer, args.sample_prompt, 4, 32, args.seed, machine)
     except sample.BrokenModel as error:  # the next step says that the run diverged
@@ -422,8 +420,7 @@ def log_step(run, model, step, streams, routers, seconds, hours):
         text += f" | max_vio {streams['max_vio']:.2f} | dropped {streams['drop_frac']:.1%}"
     peak = devices.peak_flops(model.lm_head.weight.device)
     if peak:
-        world_size = devices.world()[1]
-        text += f" | mfu {model.estimate_flops_per_token(args.T) * rate / (peak * world_size):.1%}"
+        text += f" | mfu {model.estimate_flops_per_token(args.T) * rate / peak / devices.world()[1]:.1%}"
     run.show_step(step, streams, text)
 
 

@@ -157,20 +157,16 @@ def settings(cls):
     for base in reversed(cls.__mro__[1:]):
         inherited |= vars(base).get("__annotations__", {})
     own = dict(vars(cls).get("__annotations__", {}))
+    files = [Path(sys.modules[cls.__module__].__file__), *Path(__file__).parent.glob("*.py")]
+    sources = "".join(file.read_text(encoding="utf-8") for file in files)
     for name, value in list(vars(cls).items()):
         if name.startswith("_") or name in own or callable(value) or hasattr(value, "__get__"):
             continue
-        if name not in inherited and not is_read(name, cls):
+        if name not in inherited and not re.search(rf"\bargs\.{name}\b", sources):
             raise UserError(f"{cls.__name__}.{name} is no setting: nothing reads it; --help lists the settings")
         own[name] = inherited.get(name, type(value))
     cls.__annotations__ = own
     return dataclasses.dataclass(cls)
-
-
-def is_read(name, cls):
-    """Whether `args.<name>` stands in the script of the class or in lab/."""
-    files = [Path(sys.modules[cls.__module__].__file__), *Path(__file__).parent.glob("*.py")]
-    return any(re.search(rf"\bargs\.{name}\b", file.read_text(encoding="utf-8")) for file in files)
 
 
 def parse(cls, argv=None, default=None, unknown=False):
