@@ -47,9 +47,7 @@ def check(words):
         given = found[1]
     # The published defaults, where settings of Args must fit to each other: users edit them.
     usual = {"B": 16, "T": 1024, "total_batch_size": 524_288, "block_size": None, "fsdp": False, "optimizer": "adamw"}
-    args = common.parse(trainer.Args, given, trainer.Args(**usual))
-    names = list(trainer.GPTConfig.__dataclass_fields__)
-    trainer.GPTConfig(**{field: getattr(args, field) for field in names} | {"block_size": args.T})
+    common.parse(trainer.Args, given, trainer.Args(**usual)).model_config()
 
 
 @pytest.mark.slow
