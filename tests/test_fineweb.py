@@ -39,7 +39,7 @@ def read(out):
         assert hashlib.sha256((out / shard["file"]).read_bytes()).hexdigest() == shard["sha256"]
     tokens = np.concatenate(arrays)
     assert meta["complete"] and meta["tokens"] == len(tokens) and list(tokens).count(meta["eot"]) == meta["documents"]
-    assert {path.name for path in out.iterdir()} == {"lock", "meta.json", *(shard["file"] for shard in meta["shards"])}
+    assert {path.name for path in out.iterdir()} == {"meta.json", *(shard["file"] for shard in meta["shards"])}
     return tokens.tolist(), meta
 
 

@@ -58,7 +58,7 @@ def test_the_commands_give_the_trainer_the_settings_of_the_plan():
     [
         (["--seed", "5"], {}, "--seed: the sweep sets it"), (["--name=a"], {}, "--name=a: the sweep sets it"),
         ([], {"rates": (-1.0,)}, "max_lr must be at least 0"), ([], {"seeds": ()}, "nothing to run"),
-        (["--max_step", "5"], {}, str(USER_ERROR)), (["--top_k", "9"], {"variants": ("only_moe",)}, "top_k"),
+        (["--max_step", "5"], {}, str(USER_ERROR)), (["--top_k", "9"], {"variants": ("only_moe",)}, str(USER_ERROR)),
         (["--use_noisy_top_k"], {"variants": ("only_moe", "noisy_top_k")}, "are the same run"),
     ],
 )
@@ -171,10 +171,8 @@ def test_dry_run_prints_commands_and_cost_and_starts_nothing(tmp_path):
 def test_others_run_when_one_fails_and_the_same_command_continues(call, shards, tmp_path):
     words = ("--variants", "only_moe", "no_moe", *flags(shards))
     held_folder, other = tmp_path / "logs" / "only_moe_seed_1", tmp_path / "logs" / "no_moe_seed_1"
-    held_folder.mkdir(parents=True)
-    held = common.lock(held_folder / "lock", "")  # as another process that trains there
-    code, out, err = call(*words)
-    held.release()
+    with common.lock(held_folder / "lock", ""):  # as another process that trains there
+        code, out, err = call(*words)
     assert code == USER_ERROR and "1 of 2 runs did not finish, first only_moe_seed_1 with exit code 2" in err
     assert "held by another process" in err and "no_moe_seed_1: done" in out
     first = (other / "log.txt").read_text()
