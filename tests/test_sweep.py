@@ -57,8 +57,8 @@ def test_the_commands_give_the_trainer_the_settings_of_the_plan():
     ("words", "options", "reason"),
     [
         (["--seed", "5"], {}, "--seed: the sweep sets it"), (["--name=a"], {}, "--name=a: the sweep sets it"),
-        ([], {"rates": (-1.0,)}, "max_lr must be at least 0"), ([], {"seeds": ()}, "nothing to run"),
-        (["--max_step", "5"], {}, str(USER_ERROR)), (["--top_k", "9"], {"variants": ("only_moe",)}, str(USER_ERROR)),
+        (["--n_layer", "0"], {}, str(USER_ERROR)), ([], {"seeds": ()}, "nothing to run"),
+        (["--max_step", "5"], {}, str(USER_ERROR)), (["--top_k", "99"], {"variants": ("only_moe",)}, str(USER_ERROR)),
         (["--use_noisy_top_k"], {"variants": ("only_moe", "noisy_top_k")}, "are the same run"),
     ],
 )
