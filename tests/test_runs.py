@@ -220,3 +220,14 @@ def test_a_closed_terminal_ends_the_run_with_a_checkpoint(tmp_path, shards):
     process.stdout.close()
     assert process.wait(timeout=120) == 130
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "logs/run_seed_1337")) > 5
+
+
+def test_an_evaluation_is_of_the_run_that_is_named(train, capsys):
+    """With the settings of that run, whatever the defaults are, and of its newest checkpoint."""
+    _, a = train(name="a", n_exp=1, max_steps=12, max_lr=1e-2)
+    _, b = train(name="b", use_aux_loss=True, max_steps=4, val_tokens=128)
+    capsys.readouterr()
+    for folder in (a, b):
+        assert resume(folder, "--eval_only") == 0
+        last = streams(folder)["val"][1][-1]
+        assert f"val loss {last:.4f} nats per token" in capsys.readouterr().out
