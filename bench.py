@@ -41,7 +41,7 @@ import torch.nn.functional as F
 import tyro
 
 import model as ours
-from lab import devices, runs
+from lab import devices, logger, runs
 
 ROOT = Path(__file__).resolve().parent
 VARIANTS = {  # settings of GPTConfig; --n_exp experts and no capacity unless given here
@@ -346,7 +346,7 @@ def write_result(args, facts, samples):
     machine, rows = machine_of(args), [make_row(args, cell, facts, samples) for cell in facts]
     dtype = str(machine.dtype).removeprefix("torch.")
     facts = {"dtype": dtype, "ranks": machine.world_size, "load_average": os.getloadavg()}
-    facts |= runs.describe_machine(machine.device)
+    facts |= logger.describe_machine(machine.device)
     if machine.is_main:
         with common.atomic_write(Path(args.out, f"{args.bench}_{args.device}_{dtype}.json"), "w") as f:
             json.dump({"machine": facts, "settings": asdict(args), "rows": rows}, f, indent=1)

@@ -35,7 +35,7 @@ import torch.distributed as dist
 import hellaswag
 import sample
 import weights
-from lab import checkpoint, devices, optim, runs
+from lab import checkpoint, devices, logger, optim, runs
 from lab.data import DataLoader, fingerprint
 from lab.tokenizer import get_tokenizer, token_bytes
 from model import GPT, GPTConfig, RouterStats
@@ -326,7 +326,7 @@ def load_evaluations(args, machine, run, loader):
 def start(run, args, machine, model, train_loader, val_loader, step):
     """Rank 0: say what is about to run and how much it will cost; write config.json, open the log."""
     flops = model.estimate_flops_per_token(args.T)
-    here = runs.describe_machine(machine.device)
+    here = logger.describe_machine(machine.device)
     end = min(args.max_steps, args.stop_after or args.max_steps)
     micro_batches = args.total_batch_size // (args.B * args.T)
     run.say(f"{run.folder}: {model.num_params():,} parameters, {model.num_active_params():,} active per token")
@@ -503,7 +503,7 @@ def evaluate_only(args, machine, run):
 def run(args):
     """Train, or evaluate, with these settings; returns the exit code."""
     machine = devices.set_up_machine(args)
-    this = runs.Run(args, machine.is_main)
+    this = logger.Run(args, machine.is_main)
     try:
         return evaluate_only(args, machine, this) if args.eval_only else train(args, machine, this)
     except torch.OutOfMemoryError as error:

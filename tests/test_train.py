@@ -19,7 +19,7 @@ from conftest import ROOT, flags, lines, run_script, streams, tiny
 
 import train_single_gpu as trainer
 import weights
-from lab import checkpoint, common, optim, runs
+from lab import checkpoint, common, logger, optim, runs
 from lab.common import UserError
 from lab.data import DataLoader
 from lab.tokenizer import get_tokenizer
@@ -300,14 +300,14 @@ def test_a_full_disk_does_not_end_the_run_but_its_last_checkpoint_must_be_writte
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 def test_a_full_log_disk_keeps_the_last_checkpoint(train, monkeypatch):
-    real = runs.Run.log
+    real = logger.Run.log
 
     def log(self, step, streams):
         if step == 7:
             self.file = open("/dev/full", "wb", buffering=0)  # noqa: SIM115 - closed by the run
         real(self, step, streams)
 
-    monkeypatch.setattr(runs.Run, "log", log)
+    monkeypatch.setattr(logger.Run, "log", log)
     with pytest.raises(OSError, match="No space left"):
         train(save_checkpoint_every=3)
     assert checkpoint.step_of(checkpoint.newest("logs/run_seed_1337")) == 6
