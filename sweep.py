@@ -106,9 +106,7 @@ def make_job(args, shared, flags, variant, seed, rate):
     settings |= {"data_seed": seed} if args.data_per_seed else {}
     try:
         run_args = dataclasses.replace(shared, **settings)
-        common.check_ranges(run_args)
-        fields = {field.name: getattr(run_args, field.name) for field in dataclasses.fields(GPTConfig)}
-        model = GPTConfig(**fields | {"block_size": shared.block_size or shared.T})
+        model = run_args.model_config()
     except ValueError as error:
         raise UserError(f"{name}: --{error}") from None
 
@@ -126,26 +124,20 @@ def look_at(job, fingerprint):
         return
     args, config, log = job.args, runs.read_config(job.folder), runs.read_log(job.folder)
     job.step = int(log.step.max()) if len(log) else 0
-    then, remedy = runs.settings_of(config), "pass the same, or another --logs_dir"
-    for field in dataclasses.fields(args):
-        was, now = then.get(field.name, field.default), getattr(args, field.name)  # an older run lacks newer settings
-        if now != was and field.name not in runs.MAY_CHANGE:
-            raise UserError(f"{job.folder} was made with --{field.name} {was}, here it is {now}: {remedy}")
+    runs.check_unchanged(args, config, job.folder)
+    remedy = "pass the same, or another --logs_dir"
     if job.step > args.max_steps:
         raise UserError(f"{job.folder} is at step {job.step} already, here --max_steps is {args.max_steps}: {remedy}")
     if fingerprint not in (None, config["data"]):
         raise UserError(f"{job.folder} was trained on other data than {args.data_root} holds: {remedy}")
 
     # over: the log goes to the end, and so does the newest checkpoint, if any is kept
-    hours = log.value[log.stream == "hours"]
-    in_time = args.max_minutes and len(hours) and 60 * hours.iloc[-1] >= args.max_minutes
-    last_step = min(args.max_steps, args.stop_after or args.max_steps)
-    last_step -= not (log.stream == "val").any()  # val of step s is measured after s updates
+    end = {"max_steps": min(args.max_steps, args.stop_after or args.max_steps), "max_minutes": args.max_minutes}
     newest = checkpoint.newest(Path(args.checkpoint_dir, job.name) if args.checkpoint_dir else job.folder)
     saved = newest is None or checkpoint.step_of(newest) >= job.step
     if (log.stream == "diverged").any():
         job.state = "diverged"
-    elif (in_time or job.step >= last_step) and saved:
+    elif runs.at_end(end, log) and saved:
         job.state = "done"
 
 
@@ -296,9 +288,10 @@ def show_cost(jobs, n_slots, tok_per_sec):
         total_tokens += tokens
         total_flops += flops
         print(f"{job.name}: {job.state}, {tokens:.3g} tokens, {flops:.3g} FLOPs\n    {shlex.join(job.command)}")
-    hours = total_tokens / (tok_per_sec or math.nan) / 3600
-    print(f"all: {total_tokens:.3g} tokens, {total_flops:.3g} FLOPs, {hours:.3g} hours at --tok_per_sec {tok_per_sec}, "
-          f"{hours / n_slots:.3g} with {n_slots} at a time")
+    print(f"all: {total_tokens:.3g} tokens, {total_flops:.3g} FLOPs; hours with --tok_per_sec")
+    if tok_per_sec:
+        hours = total_tokens / tok_per_sec / 3600
+        print(f"{hours:.3g} hours one after another, {hours / n_slots:.3g} with {n_slots} at a time")
 
 
 def main():

@@ -165,7 +165,7 @@ def train(args, machine, run):
     if resumed:
         checkpoint.restore(raw_model, optimizer, run.state, run.path)
         train_loader.load_state_dict(resumed["loader"])
-        step, hours, best, run.state = resumed["step"], resumed["hours"], resumed["best"], True
+        step, hours, best, run.state = resumed["step"], resumed["hours"], resumed["best"], None
     tokenizer, examples = load_evaluations(args, machine, run, train_loader)
     devices.from_rank_0(machine, start, run, args, machine, raw_model, train_loader, val_loader, step)
     groups = [None, None]  # of the threads that write sharded checkpoints
@@ -295,10 +295,10 @@ def build_model(args, machine, resumed, loader):
             of_weights = args.eval_only or field.name in weights.SHAPE
             if value != getattr(Args, field.name) or not of_weights:
                 changed[field.name] = value
-        model = weights.from_pretrained(args.init_from, generator, **changed)
-        theirs = weights.read_source(args.init_from)[3]
+        name, config, tensors, theirs = weights.read_source(args.init_from)
         if theirs != loader.tokenizer:
             raise UserError(f"{args.init_from} has {theirs} tokens, {args.data_root} has {loader.tokenizer} tokens")
+        model = weights.build(name, config, tensors, generator, **changed)
     if model.config.block_size < args.T:
         raise UserError(f"--T {args.T} is more than the {model.config.block_size} positions of the model: lower --T")
     return model.to(machine.device)
@@ -339,7 +339,7 @@ def start(run, args, machine, model, train_loader, val_loader, step):
         if days > 1 and not args.yes:
             raise UserError("that is more than a day: pass --yes, or a smaller model (--n_layer 4 --n_embd 128 --T 64)")
     pairs = None
-    if not run.state:
+    if not run.resumed:
         texts = []
         for loader in (train_loader, val_loader):
             x, _ = loader.rows_at(0, min(loader.file_rows, 4_000_000 // args.T))

@@ -24,9 +24,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from lab import checkpoint
+from lab import checkpoint, runs
 from lab.common import UserError, atomic_write, lock
-from lab.runs import FORMATS, MAY_CHANGE, folder_of, read_config, settings_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
@@ -62,7 +61,7 @@ class Run:
     def __init__(self, args, is_main):
         self.args, self.is_main = args, is_main
         self.folder = self.config = self.state = self.path = self.file = self.bar = self.tracker = None
-        self.locks, self.lost, self.last = contextlib.ExitStack(), False, {}
+        self.locks, self.lost, self.last, self.resumed = contextlib.ExitStack(), False, {}, False
 
     # -- opening
 
@@ -83,43 +82,39 @@ class Run:
             remedy = f"--resume {self.folder} continues it, another --name starts anew"
             raise UserError(f"{self.folder} holds a run: {remedy}")
         if is_there:
-            self.config = read_config(self.folder)
-            self.check_unchanged()
+            self.config = runs.read_config(self.folder)
+            runs.check_unchanged(args, self.config, self.folder)
         elif used or args.resume not in ("", "auto"):
             raise UserError(f"{self.folder} has no config.json: no run to continue")
-        source = args.branch if args.branch and not is_there else self.checkpoints
-        if (args.branch and not is_there) or checkpoint.newest(self.checkpoints):
+
+        # Continue from the run's own newest checkpoint, else from its parent's, else from the start: --resume auto
+        # alone does so, and never over a log that is finished.
+        source = self.checkpoints if checkpoint.newest(self.checkpoints) else args.branch
+        if source:
             self.path, self.state = checkpoint.read(source, ("loader", "config", "step"))
-        elif is_there and args.resume != "auto":
-            raise UserError(f"{self.folder} has no checkpoint yet: delete it and start again, or pass --resume auto")
+        elif is_there and (args.resume != "auto" or self.is_finished()):
+            raise UserError(f"{self.folder} has no checkpoint to continue from: delete the folder to start again")
+        self.resumed = is_there and self.state is not None
         plain = ("step", "hours", "best", "loader", "config", "tokenizer")
         return args.name, self.state and {key: self.state[key] for key in plain}
 
+    def is_finished(self):
+        log = self.folder / "log.txt"
+        return log.exists() and runs.at_end(runs.settings_of(self.config), runs.read_log(log))
+
     def locate(self):
         """The folders of the run, once rank 0 has given it a name. Every rank calls it."""
-        self.folder = folder_of(self.args)
+        self.folder = runs.folder_of(self.args)
         self.checkpoints = self.folder
         if self.args.checkpoint_dir:
             self.checkpoints = Path(self.args.checkpoint_dir, self.folder.name)
-
-    def check_unchanged(self):
-        """Refuse to resume if a setting that defines the run changed."""
-        then = settings_of(self.config)
-        for field in dataclasses.fields(self.args):
-            now = getattr(self.args, field.name)
-            was = then.get(field.name, field.default)  # an older run lacks a newer setting
-            if now != was and field.name not in MAY_CHANGE:
-                raise UserError(
-                    f"--{field.name} is {now}, and {self.folder} was made with {was}: leave the flag out, "
-                    "or pass another --name"
-                )
 
     def start(self, step, facts):
         """Write config.json, or add to it what has changed; cut the log back to `step`, open it, start the tracker."""
         if not self.is_main:
             return
         settings = dataclasses.asdict(self.args)
-        if self.config is None or not self.state:
+        if not self.resumed:
             parent = {"run": str(self.args.branch), "step": step} if self.args.branch else None
             self.config = {
                 "name": self.args.name, "command": shlex.join(sys.argv), "settings": settings, **facts,
@@ -129,10 +124,10 @@ class Run:
         else:
             if self.config["data"] != facts["data"]:
                 raise UserError(f"{self.args.data_root} holds other data than {self.folder} was trained on")
-            then = settings_of(self.config)
+            then = runs.settings_of(self.config)
             changed = {
                 name: [then.get(name), value] for name, value in settings.items()
-                if name not in ("resume", "logs_dir") and value != then.get(name)
+                if name not in ("resume", "branch", "logs_dir") and value != then.get(name)
             }
             self.config["resumed"].append({"step": step, "changed": changed})
         with atomic_write(self.folder / "config.json", "w") as f:
@@ -177,7 +172,7 @@ class Run:
         self.last |= streams
         if not self.is_main:
             return
-        lines = [f"{step} {name} {float(value):{FORMATS.get(name, '.7g')}}\n" for name, value in streams.items()]
+        lines = [f"{step} {name} {float(value):{runs.FORMATS.get(name, '.7g')}}\n" for name, value in streams.items()]
         data = "".join(lines).encode()
         if self.file.write(data) != len(data):
             raise OSError(28, "No space left on device", str(self.folder / "log.txt"))
@@ -203,7 +198,8 @@ class Run:
         if not self.is_main:
             return
         if self.bar is None and sys.stderr.isatty():
-            self.bar = tqdm(total=self.args.max_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
+            total = min(self.args.max_steps, self.args.stop_after or self.args.max_steps)
+            self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
         if self.bar is None:
             self.say(f"step {step:6d} | loss {streams['train']:.6f} | {text}")
         else:

@@ -6,6 +6,7 @@ lab/logger.py writes them, and says what happens on resume. A log holds a line `
 docs/measuring.md lists the streams.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -67,6 +68,16 @@ def settings_of(config):
     return settings
 
 
+def check_unchanged(args, config, folder):
+    """UserError if a setting that defines the run in `folder` is another one in `args`."""
+    then = settings_of(config)
+    for field in dataclasses.fields(args):
+        now, was = getattr(args, field.name), then.get(field.name, field.default)  # an older run lacks newer settings
+        if now != was and field.name not in MAY_CHANGE:
+            remedy = "leave the flag out, or pass another --name or --logs_dir"
+            raise UserError(f"--{field.name} is {now}, and {folder} was made with {was}: {remedy}")
+
+
 def read_log(path):
     """log.txt, or that of a run folder, as a pandas.DataFrame of step, stream, value. The trainer needs no pandas.
 
@@ -110,10 +121,16 @@ def state(config, log):
             return "regressed"
     if config is None:
         return "ok"
-    settings = settings_of(config)
+    return "ok" if at_end(settings_of(config), log) else "unfinished"
+
+
+def at_end(settings, log):
+    """Whether a log goes to max_steps, or to max_minutes of training."""
     hours = log.value[log.stream == "hours"]
-    in_time = settings["max_minutes"] and len(hours) and 60 * hours.iloc[-1] >= settings["max_minutes"]
-    return "ok" if in_time or last_step >= settings["max_steps"] - (not len(val)) else "unfinished"
+    if settings["max_minutes"] and len(hours) and 60 * hours.iloc[-1] >= settings["max_minutes"]:
+        return True
+    last_step = settings["max_steps"] - (not (log.stream == "val").any())  # val of step s is measured after s updates
+    return len(log) > 0 and bool(log.step.max() >= last_step)
 
 
 def spike_steps(log):

@@ -76,7 +76,7 @@ def test_the_committed_experiments_in_a_kernel(tmp_path, monkeypatch):
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
     drawn = {path.name for path in (tmp_path / "results/figures").iterdir()}
     committed = [path for path in (ROOT / "results/figures").glob("*.png") if not path.name.startswith("logs_")]
-    assert drawn == {path.name for path in committed} - {"demo.png"}
+    assert drawn == {path.name for path in committed}
     assert len(committed) <= 8 and max(path.stat().st_size for path in committed) <= 150_000
 
 

@@ -231,3 +231,25 @@ def test_an_evaluation_is_of_the_run_that_is_named(train, capsys):
         assert resume(folder, "--eval_only") == 0
         last = streams(folder)["val"][1][-1]
         assert f"val loss {last:.4f} nats per token" in capsys.readouterr().out
+
+
+def test_a_branch_that_was_killed_before_its_first_checkpoint_starts_from_its_parent_again(train):
+    train(name="parent", save_checkpoint_every=5)
+    words = ["--branch", "logs/parent_seed_1337", "--name", "child", "--max_steps", "14", "--resume", "auto"]
+    assert trainer.run(trainer.read_args(words)) == 0
+    child = Path("logs/child_seed_1337")
+    left, config = lines(child), runs.read_config(child)
+    assert streams(child)["train"][0].tolist() == [10, 11, 12, 13]
+    for path in checkpoint.checkpoints(child):
+        path.unlink()
+    assert trainer.run(trainer.read_args(words)) == 0
+    assert lines(child) == left and runs.read_config(child)["parent"] == config["parent"]
+
+
+def test_a_finished_log_without_checkpoints_is_never_begun_again(train):
+    _, folder = train(save_checkpoint=False)
+    before = (folder / "log.txt").read_text()
+    for resume in ("auto", str(folder)):
+        with pytest.raises(UserError, match="no checkpoint to continue from"):
+            train(save_checkpoint=False, resume=resume)
+    assert (folder / "log.txt").read_text() == before
