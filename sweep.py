@@ -35,7 +35,7 @@ import torch
 
 import train_single_gpu
 from lab import checkpoint, data, runs
-from model import GPT, GPTConfig
+from model import GPT
 from variants import VARIANTS
 
 
@@ -58,7 +58,6 @@ class Job:
 
     name: str
     args: train_single_gpu.Args
-    model: GPTConfig
     command: list[str]
     folder: Path
     out: Path  # all that it prints; beside the folder, for a new run refuses a folder that is not empty
@@ -106,7 +105,6 @@ def make_job(args, shared, flags, variant, seed, rate):
     settings |= {"data_seed": seed} if args.data_per_seed else {}
     try:
         run_args = dataclasses.replace(shared, **settings)
-        model = run_args.model_config()
     except ValueError as error:
         raise UserError(f"{name}: --{error}") from None
 
@@ -115,7 +113,7 @@ def make_job(args, shared, flags, variant, seed, rate):
         flag = f"--no_{setting}" if value is False else f"--{setting}"
         command += [flag] if isinstance(value, bool) else [flag, str(value)]
     folder = runs.folder_of(run_args)
-    return Job(folder.name, run_args, model, command, folder, folder.with_name(f"{folder.name}.out"))
+    return Job(folder.name, run_args, command, folder, folder.with_name(f"{folder.name}.out"))
 
 
 def look_at(job, fingerprint):
@@ -284,7 +282,7 @@ def show_cost(jobs, n_slots, tok_per_sec):
         steps = job.args.max_steps - job.step if job.state == "waiting" else 0
         tokens = steps * job.args.total_batch_size
         with torch.device("meta"):  # shapes without memory
-            flops = tokens * GPT(job.model).estimate_flops_per_token(job.args.T)
+            flops = tokens * GPT(job.args.model_config()).estimate_flops_per_token(job.args.T)
         total_tokens += tokens
         total_flops += flops
         print(f"{job.name}: {job.state}, {tokens:.3g} tokens, {flops:.3g} FLOPs\n    {shlex.join(job.command)}")

@@ -152,7 +152,7 @@ class Args(GPTConfig):
 
 def train(args, machine, run):
     """Train to max_steps. Returns the exit code."""
-    stop = common.Stop(alone=machine.world_size == 1)  # SIGTERM, SIGINT, SIGHUP: finish the step, save, leave
+    stop = common.Stop(agreed=machine.world_size == 1)  # SIGTERM, SIGINT, SIGHUP: finish the step, save, leave
 
     # Data first: without it nothing is made. Then the run's folder, which may hold a checkpoint to continue from.
     train_loader, val_loader = (make_loader(args, split, machine) for split in ("train", "val"))
@@ -243,10 +243,8 @@ def train(args, machine, run):
             hours += seconds / 3600
         log_step(run, raw_model, step, streams | {"lr": lr, "grad_norm": grad_norm}, routers, seconds, hours)
         step += 1
-        if stops and not stop.alone:
-            save(saver, run, raw_model, optimizer, train_loader, step, hours, best)
-            return finish(saver, run, step, best, done=False)
-        stop.requested |= run.lost
+        if stops:  # of some rank: all leave now
+            stop.requested = stop.agreed = True
 
 
 def due(step, every, last):
@@ -289,12 +287,9 @@ def build_model(args, machine, resumed, loader):
         model = GPT(args.model_config(), generator)
     else:
         # The shape is that of the weights where it is at its default; a dense model that is only evaluated stays dense.
-        changed = {}
-        for field in dataclasses.fields(GPTConfig):
-            value = getattr(args, field.name)
-            of_weights = args.eval_only or field.name in weights.SHAPE
-            if value != getattr(Args, field.name) or not of_weights:
-                changed[field.name] = value
+        given = {field.name: getattr(args, field.name) for field in dataclasses.fields(GPTConfig)}
+        of_weights = given if args.eval_only else weights.SHAPE
+        changed = {k: v for k, v in given.items() if k not in of_weights or v != getattr(Args, k)}
         name, config, tensors, theirs = weights.read_source(args.init_from)
         if theirs != loader.tokenizer:
             raise UserError(f"{args.init_from} has {theirs} tokens, {args.data_root} has {loader.tokenizer} tokens")

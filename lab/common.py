@@ -81,19 +81,18 @@ if "OMP_WAIT_POLICY" not in os.environ:
 class Stop:
     """Set by SIGTERM, SIGINT or SIGHUP: the loop finishes its step, saves and ends. A second SIGINT ends at once.
 
-    Of several ranks one may be told alone; then all leave together, after the step in which they tell each other. A
-    single process leaves an evaluation as soon as it is told: `now`.
+    Of several ranks one may be told alone. They tell each other in a step, and leave together once all have `agreed`.
     """
 
-    def __init__(self, alone=True):
-        self.requested, self.alone = False, alone
+    def __init__(self, agreed=True):
+        self.requested, self.agreed = False, agreed
         for name in ("SIGTERM", "SIGINT", "SIGHUP"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), self)
 
     @property
     def now(self):
-        return self.requested and self.alone
+        return self.requested and self.agreed
 
     def __call__(self, signum, frame):
         if self.requested and signum == signal.SIGINT:

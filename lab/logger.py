@@ -61,7 +61,7 @@ class Run:
     def __init__(self, args, is_main):
         self.args, self.is_main = args, is_main
         self.folder = self.config = self.state = self.path = self.file = self.bar = self.tracker = None
-        self.locks, self.lost, self.last, self.resumed = contextlib.ExitStack(), False, {}, False
+        self.opened, self.lost, self.last, self.resumed = contextlib.ExitStack(), False, {}, False
 
     # -- opening
 
@@ -75,7 +75,7 @@ class Run:
         args.name = args.name or f"{kind}_{datetime.now():%Y%m%d-%H%M%S}"
         self.locate()
         for folder in {self.folder, self.checkpoints}:
-            self.locks.enter_context(lock(folder / "lock", "wait for it, or choose another --name"))
+            self.opened.enter_context(lock(folder / "lock", "wait for it, or choose another --name"))
         is_there = (self.folder / "config.json").exists()
         used = is_there or (self.folder / "log.txt").exists() or checkpoint.newest(self.checkpoints)
         if used and not args.resume:
@@ -133,7 +133,7 @@ class Run:
         with atomic_write(self.folder / "config.json", "w") as f:
             json.dump(self.config, f, indent=1)
         self.cut_log(step)
-        self.file = open(self.folder / "log.txt", "ab", buffering=0)  # noqa: SIM115 - open as long as the run lasts
+        self.file = self.opened.enter_context(open(self.folder / "log.txt", "ab", buffering=0))  # noqa: SIM115
         if self.args.tracker:
             self.start_tracker()
 
@@ -158,6 +158,7 @@ class Run:
             }
             known = inspect.signature(self.tracker.init).parameters
             self.tracker.init(**{name: value for name, value in wanted.items() if name in known})
+            self.opened.callback(self.tracker.finish)
         except Exception as error:  # a kind of its own for no login, no network, no such module
             self.tracker = None
             raise UserError(f"--tracker {self.args.tracker}: {str(error) or type(error).__name__}") from None
@@ -200,6 +201,7 @@ class Run:
         if self.bar is None and sys.stderr.isatty():
             total = min(self.args.max_steps, self.args.stop_after or self.args.max_steps)
             self.bar = tqdm(total=total, initial=step, unit="step", dynamic_ncols=True, mininterval=0.5)
+            self.opened.callback(self.bar.close)
         if self.bar is None:
             self.say(f"step {step:6d} | loss {streams['train']:.6f} | {text}")
         else:
@@ -207,11 +209,5 @@ class Run:
             self.bar.update()
 
     def close(self):
-        """End bar, log and tracker; give the folder back."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.file:
-            self.file.close()
-        if self.tracker:
-            self.tracker.finish()
-        self.locks.close()
+        """End bar, tracker and log; give the folder back."""
+        self.opened.close()

@@ -135,6 +135,27 @@ def test_torchrun_ends_well_and_a_killed_rank_ends_the_job_which_can_be_resumed(
     assert streams(folder)["train"][0].tolist() == list(range(last + 3))
 
 
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(shards, tmp_path):
+    """They leave together, whichever was told: none waits for the other in a step or in an evaluation."""
+    words = flags(tiny(data_root=shards, max_steps=100_000, n_embd=16, B=2, val_loss_every=3))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        subprocess.Popen([sys.executable, str(ROOT / "train_single_gpu.py"), *words], stdout=subprocess.PIPE, text=True,
+                         env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, cwd=tmp_path)
+        for r in range(2)
+    ]
+    next(line for line in ranks[0].stdout if "step     12 | loss" in line)
+    ranks[1].terminate()
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [130, 130] and "stopped after" in said[0]
+    folder = tmp_path / "logs/run_seed_1337"
+    last = checkpoint.step_of(checkpoint.newest(folder))
+    assert streams(folder)["train"][0].tolist() == list(range(last)) and last > 12
+
+
 def test_two_nodes_of_which_one_dies_start_again_and_make_the_run_left_alone(shards, tmp_path):
     """Two torchrun agents of one rank each, as on two machines; sharded."""
     settings = {"name": "nodes", "data_root": str(shards), "save_checkpoint_every": 5, "max_steps": 30, "fsdp": True,
