@@ -55,7 +55,7 @@ class Gate(NamedTuple):
 
 
 def normalised(scores_TK):
-    """DeepSeek-V3 (2412.19437) eq. 13: over the selection, for K > 1."""
+    """Scores over their sum: of the chosen experts, for K > 1, DeepSeek-V3 (2412.19437) eq. 13."""
     return scores_TK / scores_TK.sum(-1, keepdim=True) if scores_TK.shape[1] > 1 else scores_TK
 
 
@@ -85,7 +85,7 @@ GATES = {
 
 def load_balance_loss(moe, routing, plan, n_sequences):
     """Switch eq. 4 with K choices: E * sum_e f_e P_e, f_e the choices per token on expert e, P_e its mean probability.
-    K when balanced; gradient through P alone. P is of the softmax over all experts whatever the gate.
+    K when balanced; gradient through P alone. P is of the gate's scores; those of sigmoid are divided by their sum.
 
     balance_scope says over which tokens f and P are taken:
         micro_batch   both over the micro-batch, as published
@@ -93,6 +93,8 @@ def load_balance_loss(moe, routing, plan, n_sequences):
         sequence      both within each sequence: DeepSeek-V3 (2412.19437) eq. 17-20
     """
     probs_TE, n_exp = routing.probs_TE, moe.config.n_exp
+    if moe.config.gate == "sigmoid":  # as DeepSeek-V3, Megatron and OLMo-core do
+        probs_TE = normalised(routing.scores_TE)
     count_E = plan.count_E.to(probs_TE.dtype)
     if moe.config.balance_scope == "sequence":
         chosen_TE = torch.zeros_like(probs_TE).scatter_(1, routing.expert_TK, 1.0)
@@ -123,11 +125,8 @@ def _(so_far, count_E, n_tokens):
 
 
 def router_z_loss(moe, routing, plan, n_sequences):
-    """ST-MoE eq. 5: mean over tokens of logsumexp(logits)^2, over all logits or over the selected ones."""
-    logits = routing.logits_TE
-    if moe.config.z_loss_on == "selected":
-        logits = logits.gather(1, routing.expert_TK)
-    return torch.logsumexp(logits, dim=-1).square().mean()
+    """ST-MoE eq. 5: mean over tokens of logsumexp(logits)^2."""
+    return torch.logsumexp(routing.logits_TE, dim=-1).square().mean()
 
 
 class RouterLoss(NamedTuple):
@@ -216,9 +215,7 @@ class GPTConfig:
     expert_hidden: Positive | Literal["iso"] | None = None  # Width of an expert (default 4 n_embd; iso: dense FLOPs)
     n_shared_exp: NotNegative = 0  # Experts that every token passes, beside the routed ones
     gate: Literal[tuple(GATES)] = "topk_softmax"  # Weights of the chosen experts
-    gate_scale: FiniteAboveZero = 1.0  # Factor on those weights
     use_noisy_top_k: bool = False  # Learned noise on the router logits, in training
-    noise_scale: Rate = 1.0  # Factor on the router noise
     router_use_full_prec: bool = False  # Router in float32 under autocast
     freeze_router: bool = False  # Router stays as drawn: the control that any trick must beat
     use_aux_loss: bool = False  # Load-balance loss
@@ -226,7 +223,6 @@ class GPTConfig:
     balance_scope: Literal["micro_batch", "step", "sequence"] = "micro_batch"  # Tokens that aux_loss counts
     use_router_z_loss: bool = False  # Penalty on large router logits
     router_z_loss_weight: Rate = 0.001  # Weight of the router z-loss
-    z_loss_on: Literal["all", "selected"] = "all"  # Logits in the router z-loss
     use_bias_balance: bool = False  # Balance by a bias on the selection that moves by a fixed rate, without a loss
     bias_balance_rate: Rate = 0.001  # Change of the selection bias per step
     use_quantile_balance: bool = False  # Balance by a bias from the quantiles of the step's scores, without a loss
@@ -323,7 +319,7 @@ class Router(nn.Module):
         if not (self.config.use_noisy_top_k and self.training):
             return clean_TE, clean_TE
         noise_TE = torch.randn_like(clean_TE) * F.softplus(self.product(x_TD, self.w_noise))
-        return clean_TE, clean_TE + self.config.noise_scale * noise_TE
+        return clean_TE, clean_TE + noise_TE
 
     def choose(self, logits_TE, scores_TE):
         """Indices (T, K) of the chosen experts, best first. A balancing bias moves the choice only, not the gate."""
@@ -337,7 +333,7 @@ class Router(nn.Module):
         scores_TE = gate.score(logits_TE, probs_TE)
         expert_TK = self.choose(logits_TE, scores_TE)
         gate_TK = gate.weigh(logits_TE.gather(1, expert_TK), scores_TE.gather(1, expert_TK))
-        return Routing(expert_TK, self.config.gate_scale * gate_TK, clean_TE, logits_TE, probs_TE, scores_TE)
+        return Routing(expert_TK, gate_TK, clean_TE, logits_TE, probs_TE, scores_TE)
 
 
 class Experts(nn.Module):
@@ -526,15 +522,10 @@ class CausalSelfAttention(nn.Module):
             q, k = (F.rms_norm(part, part.shape[-1:]).to(v.dtype) for part in (q, k))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        dtype = q.dtype
-        # On the CPU the bf16 backward has a fixed cost per head: short rows are faster in float32.
-        if x.device.type == "cpu" and dtype == torch.bfloat16 and k.shape[2] <= 128 and torch.is_grad_enabled():
-            q, k, v = q.float(), k.float(), v.float()
         dropout = self.dropout if self.training else 0.0
         causal = attn_mask is None and k.shape[2] == S
-        with torch.autocast(x.device.type, enabled=False):
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout, is_causal=causal)
-        return self.resid_dropout(self.c_proj(y.to(dtype).transpose(1, 2).reshape(B, S, D)))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout, is_causal=causal)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, S, D)))
 
 
 class Block(nn.Module):

@@ -17,7 +17,6 @@ first tokens of a window have little context. The class of a token follows from 
 
 import argparse
 import codecs
-import glob
 import itertools
 import json
 import os
@@ -31,12 +30,12 @@ from lab import common
 from lab.common import Range, UserError, atomic_write
 
 # isort: split
-import fsspec
 import numpy as np
 import pandas as pd
 import torch
 from torch.nn.attention import sdpa_kernel
 
+import fineweb
 from lab import devices
 from sample import NO_CUDNN, BrokenModel, inference_dtype
 from weights import open_model
@@ -51,41 +50,22 @@ lamp was replaced by an electric one in 1962, his nine notebooks went into a box
 never knew what it was for," a student said who copied every line by hand, "but he was never late."
 """
 
-TEXT_FILE = re.compile(r".+\.(parquet|(txt|md|py|jsonl)(\.gz|\.zst)?)")
-
-
-def find_texts(roots):
-    """{name: path} of files and of the text files below folders; a name is relative to the folder that holds all."""
-    paths = []
-    for root in map(Path, roots):
-        below = sorted(root / name for name in glob.glob("**", root_dir=root, recursive=True))  # no hidden ones
-        paths += [path for path in below if TEXT_FILE.fullmatch(path.name)] if root.is_dir() else [root]
-    if not 0 < len(paths) <= MAX_SOURCES:
-        raise UserError(f"--text gives {len(paths)} text files: give 1 to {MAX_SOURCES}, each is a row of the tables")
-    folder = os.path.commonpath([path.absolute().parent for path in paths])
-    return {path.absolute().relative_to(folder).as_posix(): path for path in paths}
-
-
-def read_text(path, column, max_chars):
-    """First max_chars characters of a file, without a byte-order mark; of a table the texts, joined by blank lines."""
-    try:
-        if path.suffix == ".parquet":
-            return "\n\n".join(pd.read_parquet(path, columns=[column])[column].dropna())[:max_chars]
-        with fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer") as f:
-            if ".jsonl" not in path.suffixes:
-                return f.read(max_chars)
-            texts = [json.loads(line)[column] for line in itertools.islice(f, max_chars)]
-            return "\n\n".join(text for text in texts if text)[:max_chars]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not UTF-8 text, or a table without texts in --column {column} ({error})") from None
-
 
 def read_sources(roots, tokenizer, max_tokens, column="text"):
-    """{name: int64 (T,)}: the tokens of the texts, each cut to an equal part of max_tokens."""
-    files = find_texts(roots or [argparse.__file__])
+    """{name: int64 (T,)}: the tokens of the texts, each cut to an equal part of max_tokens.
+
+    Files are found and read as by fineweb.py. A name is relative to the folder that holds all of them.
+    """
+    args = fineweb.Args(files=roots or (argparse.__file__,), column=column)
+    paths = [path.absolute() for path in fineweb.find_files(args)]
+    if len(paths) > MAX_SOURCES:
+        raise UserError(f"--text gives {len(paths)} text files: at most {MAX_SOURCES}, each is a row of the tables")
     texts = {} if roots else {"prose (built in)": PROSE.replace("\n", " ")}
-    for name, path in files.items():
-        texts[name] = read_text(path, column, 100 * max_tokens)
+    folder = os.path.commonpath([path.parent for path in paths])
+    for path in paths:
+        documents = itertools.islice(fineweb.local_documents(args, [path], None), max_tokens)
+        text = "\n\n".join("".join(pieces) for _, pieces in documents)
+        texts[path.relative_to(folder).as_posix()] = text[: 100 * max_tokens]
     ids = {name: np.array(tokenizer.encode_ordinary(text), dtype=np.int64) for name, text in texts.items()}
     sources = {name: tokens[: max_tokens // len(ids)] for name, tokens in ids.items() if len(tokens)}
     if not sources:

@@ -16,7 +16,6 @@ Exit code 2 if any run failed, after all others have had their turn.
 """
 
 import dataclasses
-import math
 import os
 import shlex
 import signal
@@ -263,18 +262,6 @@ def ended(job, code, todo, began):
     print(f"{job.name}: {job.state}{job.reason}; {n_left} left, about {minutes:.0f} min", flush=True)
 
 
-def show_table(jobs):
-    """Print a row per run: state, last step, last validation loss."""
-    print(f"{'run':40} {'state':11} {'step':>9} {'val':>8}")
-    for job in jobs:
-        step = val = math.nan
-        if (job.folder / "log.txt").exists():
-            log = runs.read_log(job.folder)
-            step = log.step.max()
-            val = log.value[log.stream == "val"].iloc[-1:].max()  # nan without any
-        print(f"{job.name:40} {job.state:11} {step:9} {val:8.4f}")
-
-
 def show_cost(jobs, n_slots, tok_per_sec):
     """Print every command with tokens and FLOPs of the steps that are left, and the sum."""
     total_tokens = total_flops = 0
@@ -299,6 +286,8 @@ def main():
     fingerprint = None if args.slurm or args.dry_run else data.fingerprint(jobs[0].args.data_root)
     for job in jobs:
         look_at(job, fingerprint)
+        if job.state != "waiting":
+            print(f"{job.name}: {job.state}")
     if args.dry_run:
         return show_cost(jobs, len(slots), args.tok_per_sec)
 
@@ -307,7 +296,7 @@ def main():
         run_on_cluster(todo, args.slurm)
     elif todo:
         stopped = run_here(todo, slots)
-    show_table(jobs)
+    print(f"next: python compare.py {jobs[0].folder.parent}")
     if stopped:
         return INTERRUPTED
     failed = [job for job in jobs if job.state in ("failed", "interrupted")]

@@ -49,10 +49,10 @@ class Args(GPTConfig):
     """Settings of a training run, and every setting of the model (GPTConfig in model.py). To change one of the model's,
     write it here: `top_k = 1`. Of the mixture of experts there are
 
-    n_exp top_k stride first_dense expert_hidden n_shared_exp gate gate_scale use_noisy_top_k noise_scale
-    router_use_full_prec freeze_router use_aux_loss aux_loss_weight balance_scope use_router_z_loss router_z_loss_weight
-    z_loss_on use_bias_balance bias_balance_rate use_quantile_balance use_switch_tfm_init switch_tfm_init_scale
-    train_capacity eval_capacity min_capacity
+    n_exp top_k stride first_dense expert_hidden n_shared_exp gate use_noisy_top_k router_use_full_prec
+    freeze_router use_aux_loss aux_loss_weight balance_scope use_router_z_loss router_z_loss_weight use_bias_balance
+    bias_balance_rate use_quantile_balance use_switch_tfm_init switch_tfm_init_scale train_capacity eval_capacity
+    min_capacity
     """
 
     n_exp: Positive = 8  # Experts per MoE layer; 1 is the dense model
@@ -87,8 +87,6 @@ class Args(GPTConfig):
     decay_steps: Positive | None = None  # Steps of the decay of wsd (default: a fifth of max_steps)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices
     muon_lr: FiniteAboveZero = 0.02  # Peak learning rate of Muon's matrices; all other weights have max_lr
-    router_lr_scale: FiniteAboveZero = 1.0  # Factor on the router's learning rate
-    router_weight_decay: Rate | None = None  # Decay of the router's weights (default: weight_decay)
     weight_decay: Rate = 0.1  # Decay of weights, not of biases and norms
     beta1: Fraction = 0.9  # First moment of AdamW
     beta2: Fraction = 0.95  # Second moment of AdamW
@@ -185,6 +183,9 @@ def train(args, machine, run):
         with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
             if due(step, args.val_loss_every, last):
                 streams |= validate(raw_model, val_loader, args, machine, stop)
+                if last and raw_model.moe_layers() and math.isfinite(args.eval_capacity):  # what capacity lets leak
+                    dropless = validate(raw_model, val_loader, args, machine, stop, dropless=True)
+                    streams |= {f"{name}_dropless": value for name, value in dropless.items() if name == "val"}
             if examples and due(step, args.hellaswag_every, last) and not stop.now:
                 streams |= hellaswag.evaluate(raw_model, examples, machine)
             is_best = streams.get("val", math.inf) < best
@@ -296,7 +297,13 @@ def build_model(args, machine, resumed, loader):
         model = weights.build(name, config, tensors, generator, **changed)
     if model.config.block_size < args.T:
         raise UserError(f"--T {args.T} is more than the {model.config.block_size} positions of the model: lower --T")
-    return model.to(machine.device)
+    model = model.to(machine.device)
+    if not resumed and machine.is_main:
+        moved = weights.leak(weights.logits_of(model), min(64, args.T), model.config.vocab_size)
+        if moved > 1e-3:
+            print(f"warning: a later token or another row moves a logit by {moved:.1e} of the largest: this model sees "
+                  "what it is to predict, and its losses are too good to be true")
+    return model
 
 
 def load_evaluations(args, machine, run, loader):
@@ -354,7 +361,7 @@ def start(run, args, machine, model, train_loader, val_loader, step):
 
 
 @torch.no_grad()
-def validate(model, loader, args, machine, stop):
+def validate(model, loader, args, machine, stop, dropless=False):
     """Cross-entropy over the first val_tokens of the loader's split, in eval mode: nats per token and bits per byte of
     text, and per MoE layer the load. The ranks share the micro-batches out. {} where a single process is to stop."""
     was_training, stats = model.training, RouterStats(model)
@@ -370,7 +377,7 @@ def validate(model, loader, args, machine, stop):
             return {}
         x, y = loader.rows_at(first, min(args.B, n_rows - first))
         with machine.autocast():
-            loss = model(x, y).ce_loss
+            loss = model(x, y, dropless=dropless).ce_loss
         stats.add()
         sums += torch.stack([loss * y.numel(), lengths[y].sum(), loss.new_tensor(y.numel())]).to(sums)
     model.train(was_training)

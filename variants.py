@@ -58,8 +58,6 @@ TRAINING = (  # optimizer, schedule, stability
     Variant("dense_muon", "dense, Muon", "#222255", "--", "s", MUON | {"n_exp": 1}),
     Variant("wsd", "WSD schedule", "#225555", "-.", "^", {"schedule": "wsd"}),
     Variant("qk_norm", "QK norm", "#77AADD", ":", "D", {"qk_norm": True}),
-    Variant("router_lr", "router at 4 x the rate", "#44BB99", "--", "P", {"router_lr_scale": 4.0}),
-    Variant("router_no_decay", "router without decay", "#666633", "-.", "*", {"router_weight_decay": 0.0}),
 )
 METHODS = (  # of the experts
     Variant("half_width", "half width, balanced", "#E69F00", "-", "o", AUX | ISO),
@@ -71,9 +69,6 @@ METHODS = (  # of the experts
     Variant("quantile_balance", "quantile balancing", "#CC3311", "-.", "*", QUANTILE),
     Variant("sigmoid_quantile", "sigmoid gate, quantile bias", "#33BBEE", ":", "X", QUANTILE | {"gate": "sigmoid"}),
     Variant("frozen_router", "frozen router", "#555555", "-", "x", {"freeze_router": True}),
-    Variant("gate_scale", "gate scale 2.5", "#EE3377", "--", "o", {"gate_scale": 2.5}),
-    Variant("selected_z", "z-loss on selected logits", "#009988", "-.", "s", Z | {"z_loss_on": "selected"}),
-    Variant("noise_scaled", "router noise at 0.4", "#88CCEE", ":", "^", NOISY | {"noise_scale": 0.4}),
     Variant("switch_only", "Switch init alone", "#EE99AA", "-.", "P", SWITCH_INIT),
     Variant("switch_mlp", "Switch init of all MLPs", "#DDCC77", "-", "D", SWITCH_MLP),
     Variant("dense_switch_mlp", "dense, Switch init of MLPs", "#AAAA00", "--", "v", SWITCH_MLP | {"n_exp": 1}),

@@ -23,6 +23,7 @@ import functools
 import hashlib
 import json
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -109,13 +110,16 @@ def read_meta(root):
 def fingerprint(data_root):
     """12 hex digits that identify the tokens of a folder, wherever it lies: from name, number of tokens and sha256 of
     each shard; where meta.json has no sha256, that of the first, a middle and the last page of the file."""
-    listed, digest = read_meta(data_root)["shards"], hashlib.sha256()
+    listed, digest, seen = read_meta(data_root)["shards"], hashlib.sha256(), {}
     for shard in find_shards(data_root, "train") + find_shards(data_root, "val"):
         known = listed.get(shard.path.name, (0, None))[1]
         if not known:
             data = np.memmap(shard.path, np.uint8, "r")
             pages = [data[:PAGE], data[len(data) // 2 :][:PAGE], data[-PAGE:]]
             known = hashlib.sha256(np.concatenate(pages)).hexdigest()
+        if known in seen:
+            print(f"note: {shard.path} seems a copy of {seen[known]}, and its text counts twice", file=sys.stderr)
+        seen[known] = shard.path.name
         digest.update(f"{shard.path.name}\0{shard.tokens}\0{known}\n".encode(errors="surrogatepass"))
     return digest.hexdigest()[:12]
 

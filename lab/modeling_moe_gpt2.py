@@ -42,9 +42,7 @@ class MoEGPT2Config(PreTrainedConfig):
     expert_hidden: int | None = None  # hidden width of an expert; None: 4 * n_embd
     n_shared_exp: int = 0  # experts that every token passes, beside the routed ones
     gate: str = "topk_softmax"  # or softmax, sigmoid
-    gate_scale: float | int = 1.0
-    use_noisy_top_k: bool = False  # learned noise on the router logits, times noise_scale, in training
-    noise_scale: float | int = 1.0
+    use_noisy_top_k: bool = False  # learned noise on the router logits, in training
     router_use_full_prec: bool = False  # router in float32 whatever the type of the model
     use_bias_balance: bool = False  # either: a bias on the scores decides the selection and leaves the gates alone
     use_quantile_balance: bool = False
@@ -108,7 +106,7 @@ class Router(nn.Module):
         logits_TE, gate = self.product(x_TD, self.w_g), self.config.gate
         if self.w_noise is not None and self.training:
             noise_TE = torch.randn_like(logits_TE) * F.softplus(self.product(x_TD, self.w_noise))
-            logits_TE = logits_TE + self.config.noise_scale * noise_TE
+            logits_TE = logits_TE + noise_TE
         score_TE = logits_TE.sigmoid() if gate == "sigmoid" else logits_TE.softmax(dim=-1)
         ranked_TE = logits_TE if self.balance_bias is None else score_TE + self.balance_bias
         expert_TK = ranked_TE.topk(self.config.num_experts_per_tok, dim=-1).indices
@@ -118,7 +116,7 @@ class Router(nn.Module):
             gate_TK = score_TE.gather(1, expert_TK)
             if gate == "sigmoid" and expert_TK.shape[1] > 1:
                 gate_TK = gate_TK / gate_TK.sum(dim=-1, keepdim=True)
-        return expert_TK, gate_TK * self.config.gate_scale
+        return expert_TK, gate_TK
 
 
 class Experts(nn.Module):

@@ -64,19 +64,16 @@ def is_over(step, args, hours):
 def parameter_groups(model, args):
     """Groups of parameters, each with its weight decay and `lr_scale`, the factor on the schedule's rate.
 
-    Weights of products and embeddings are decayed; biases, the experts' too, and norms are not. The router's weights
-    have a decay and a rate of their own. Under Muon so do the hidden matrices: the weights of the blocks' products. A
-    router's outputs are logits, not hidden. RuntimeError for a parameter in no group or in two.
+    Weights of products and embeddings are decayed; biases, the experts' too, and norms are not. Under Muon the hidden
+    matrices, the weights of the blocks' products, have a rate of their own; a router's outputs are logits, not hidden.
+    RuntimeError for a parameter in no group or in two.
     """
     groups = {}
     for name, p in model.named_parameters():
         decay, lr_scale, matrices = args.weight_decay, 1.0, 0
         if name.endswith("bias") or ".ln_" in name:
             decay = 0.0
-        elif ".router." in name:
-            decay = args.weight_decay if args.router_weight_decay is None else args.router_weight_decay
-            lr_scale = args.router_lr_scale
-        elif name.startswith("transformer.h.") and args.optimizer == "muon":
+        elif name.startswith("transformer.h.") and ".router." not in name and args.optimizer == "muon":
             lr_scale = args.muon_lr / args.max_lr
             matrices = 3 if ".c_attn." in name else 1
         key = decay, lr_scale, matrices

@@ -25,8 +25,8 @@ UNCOUNTED = (
 MAY_CHANGE = (
     *UNCOUNTED, "max_steps", "max_minutes", "B", "dtype", "val_loss_every", "hellaswag_every", "hellaswag_limit",
 )
-FORMATS = {"train": ".6f", "val": ".6f", "val_bpb": ".6f", "hella": ".4f", "hella_bpb": ".6f"}  # as published; else .7g
-EVALUATIONS = ("val", "val_bpb", "hella", "hella_bpb")
+FORMATS = {"hella": ".4f"} | dict.fromkeys(("train", "val", "val_dropless", "val_bpb", "hella_bpb"), ".6f")  # else .7g
+EVALUATIONS = ("val", "val_dropless", "val_bpb", "hella", "hella_bpb")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding and reading

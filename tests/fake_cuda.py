@@ -244,12 +244,12 @@ RUNS = {
     "top 1": {"top_k": 1, "gate": "softmax", "n_shared_exp": 1, "optimizer": "muon", "freeze_router": True},
     "losses": {"use_noisy_top_k": True, "use_aux_loss": True, "use_router_z_loss": True, "router_use_full_prec": True},
     "step": {"use_aux_loss": True, "balance_scope": "step", "train_capacity": math.inf, "eval_capacity": math.inf,
-             "use_router_z_loss": True, "z_loss_on": "selected"},
+             "use_router_z_loss": True},
     "sequence": {"use_aux_loss": True, "balance_scope": "sequence", "gate": "sigmoid", "use_bias_balance": True},
     "quantile": {"use_quantile_balance": True, "recompute": "blocks", "first_dense": 1},
 }
-NUMBERS = {"use_switch_tfm_init", "switch_tfm_init_scale", "mlp_init", "gate_scale", "noise_scale", "expert_hidden",
-           "n_exp", "top_k", "router_lr_scale", "router_weight_decay", "schedule"}  # the graph is the same
+NUMBERS = {"use_switch_tfm_init", "switch_tfm_init_scale", "mlp_init", "expert_hidden", "n_exp",
+           "top_k", "schedule"}  # the graph is the same
 
 
 def all_runs():

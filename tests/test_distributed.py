@@ -24,9 +24,9 @@ VARIANTS = {
     "aux": {"use_aux_loss": True, "use_router_z_loss": True, "router_use_full_prec": True},
     "balance": {"use_bias_balance": True, "gate": "sigmoid", "n_shared_exp": 1},
     "noisy": {"use_noisy_top_k": True, "dropout": 0.1},  # noise belongs to the micro-batch, so even this agrees
-    "narrow": {"n_exp": 8, "top_k": 4, "expert_hidden": "iso", "use_aux_loss": True, "gate_scale": 2.5},
+    "narrow": {"n_exp": 8, "top_k": 4, "expert_hidden": "iso", "use_aux_loss": True},
     "quantile": {"use_quantile_balance": True, "gate": "sigmoid", "n_shared_exp": 1},
-    "sequence": {"use_aux_loss": True, "balance_scope": "sequence", "use_router_z_loss": True, "z_loss_on": "selected",
+    "sequence": {"use_aux_loss": True, "balance_scope": "sequence", "use_router_z_loss": True,
                  "top_k": 1, "gate": "softmax"},
     "muon": {"optimizer": "muon", "n_shared_exp": 1, "first_dense": 1},
 }

@@ -25,16 +25,16 @@ SETTINGS = {
     "softmax": {"n_exp": 4, "gate": "softmax"},
     "sigmoid": {"n_exp": 5, "top_k": 3, "gate": "sigmoid"},
     "all_experts": {"n_exp": 4, "top_k": 4, "use_quantile_balance": True},
-    "gate_scale": {"gate": "sigmoid", "gate_scale": 2.5, "n_shared_exp": 1},
+    "sigmoid_shared": {"gate": "sigmoid", "n_shared_exp": 1},
     # router, losses, balancing
     "noisy": NOISY,
-    "noise_scale": NOISY | {"noise_scale": 0.4, "router_use_full_prec": True},
+    "noisy_full_prec": NOISY | {"router_use_full_prec": True},
     "frozen": AUX | {"freeze_router": True, "gate": "softmax"},
     "aux": AUX | {"aux_loss_weight": 0.5},
     "aux_step": AUX | NOISY | {"balance_scope": "step", "top_k": 3},
     "aux_sequence": AUX | {"balance_scope": "sequence", "gate": "sigmoid"},
     "z": Z | {"router_z_loss_weight": 0.7},
-    "z_selected": Z | NOISY | {"z_loss_on": "selected", "top_k": 3},
+    "aux_z_sigmoid": AUX | Z | NOISY | {"gate": "sigmoid", "top_k": 3},
     "bias_balance": {"use_bias_balance": True},
     "quantile": {"use_quantile_balance": True},
     "quantile_sigmoid": {"use_quantile_balance": True, "gate": "sigmoid"},
@@ -47,9 +47,9 @@ SETTINGS = {
     "dropless": DROPLESS,
     "tight": TIGHT | {"n_exp": 3},
     "all_tricks": NOISY | AUX | Z | {
-        "n_exp": 16, "top_k": 3, "expert_hidden": 12, "n_shared_exp": 1, "gate": "sigmoid", "gate_scale": 2.0,
-        "noise_scale": 0.3, "first_dense": 1, "z_loss_on": "selected", "use_quantile_balance": True, "qk_norm": True,
-        "balance_scope": "sequence", "router_use_full_prec": True, "mlp_init": "switch", "train_capacity": 1.0,
+        "n_exp": 16, "top_k": 3, "expert_hidden": 12, "n_shared_exp": 1, "gate": "sigmoid", "first_dense": 1,
+        "use_quantile_balance": True, "qk_norm": True, "balance_scope": "sequence", "router_use_full_prec": True,
+        "mlp_init": "switch", "train_capacity": 1.0,
     },
 }
 
@@ -116,7 +116,7 @@ def reference_layer(moe, x, dropless=False):
     logits = torch.stack([router.w_g.weight @ token for token in x_TD])
     if config.use_noisy_top_k and moe.training:
         spread = torch.stack([(router.w_noise.weight @ token).exp().add(1).log() for token in x_TD])
-        logits = logits + config.noise_scale * torch.randn_like(logits) * spread
+        logits = logits + torch.randn_like(logits) * spread
     probs = logits.exp() / logits.exp().sum(-1, keepdim=True)
     scores = 1 / (1 + (-logits).exp()) if config.gate == "sigmoid" else probs
 
@@ -150,7 +150,7 @@ def reference_layer(moe, x, dropless=False):
             biases = (experts.fc_bias[e, 0], experts.proj_bias[e, 0]) if config.bias else (None, None)
             if (t, k) in kept:
                 of_expert = reference_mlp(token, experts.c_fc[e], biases[0], experts.c_proj[e], biases[1])
-                y = y + config.gate_scale * gate * of_expert
+                y = y + gate * of_expert
         if config.n_shared_exp:
             y = y + reference_mlp(
                 token, shared.c_fc.weight.t(), shared.c_fc.bias, shared.c_proj.weight.t(), shared.c_proj.bias
@@ -158,15 +158,14 @@ def reference_layer(moe, x, dropless=False):
         out.append(y)
 
     # load-balance loss (Switch eq. 4) over all tokens or per sequence, z-loss (ST-MoE eq. 5)
-    losses = {}
+    losses, parts = {}, scores / scores.sum(-1, keepdim=True)
     if config.use_aux_loss:
         counts = torch.tensor([[row.count(e) for e in range(E)] for row in chosen], dtype=x.dtype)
         n_parts = len(x) if config.balance_scope == "sequence" else 1
-        per_part = zip(counts.chunk(n_parts), probs.chunk(n_parts), strict=True)
+        per_part = zip(counts.chunk(n_parts), parts.chunk(n_parts), strict=True)
         losses["aux_loss"] = sum(E * (f.mean(0) * P.mean(0)).sum() for f, P in per_part) / n_parts
     if config.use_router_z_loss:
-        counted = logits if config.z_loss_on == "all" else [logits[t, chosen[t]] for t in range(T)]
-        losses["z_loss"] = sum(row.exp().sum().log() ** 2 for row in counted) / T
+        losses["z_loss"] = sum(row.exp().sum().log() ** 2 for row in logits) / T
     return torch.stack(out).view(x.shape), losses
 
 
@@ -340,7 +339,8 @@ def test_top_1_with_a_constant_gate_warns_once():
 
 def test_noise_is_drawn_in_training_only():
     idx, targets = tokens()
-    model, quiet = make(use_noisy_top_k=True, **DROPLESS), make(use_noisy_top_k=True, noise_scale=0.0, **DROPLESS)
+    model, quiet = make(use_noisy_top_k=True, **DROPLESS), make(**DROPLESS)
+    quiet.load_state_dict({name: p for name, p in model.state_dict().items() if "w_noise" not in name})
     assert model(idx, targets).ce_loss != model(idx, targets).ce_loss
     in_training = quiet(idx, targets).ce_loss
     state = torch.get_rng_state()
@@ -453,9 +453,9 @@ def test_the_quantile_bias_is_the_quantile_of_the_steps_margins(gate, top_k):
 
 
 def test_router_stats_of_two_micro_batches():
-    model = make(n_exp=4, use_noisy_top_k=True, noise_scale=3.0, **TIGHT)
+    model = make(n_exp=4, use_noisy_top_k=True, **TIGHT)
     for _, moe in model.moe_layers():
-        moe.router.w_noise.weight.data.zero_()  # noise of standard deviation softplus(0) * noise_scale
+        moe.router.w_noise.weight.data.zero_()  # noise of standard deviation softplus(0)
     seen = routings(model)
     _, found = router_stats(model, *tokens(B=64, S=32))
     assert [layer["layer"] for layer in found] == [0, 2]
@@ -471,7 +471,7 @@ def test_router_stats_of_two_micro_batches():
         assert layer["entropy"] == pytest.approx(-(probs * probs.log()).sum(-1).mean().item(), rel=1e-4)
         assert layer["max_logit"] == pytest.approx(logits.abs().max().item())
         assert layer["logit_std"] == pytest.approx(clean.var(-1).mean().sqrt().item(), rel=1e-5)
-        assert layer["noise_std"] == pytest.approx(3 * math.log(2), rel=0.05)
+        assert layer["noise_std"] == pytest.approx(math.log(2), rel=0.05)
 
 
 # -- initialisation

@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 def settings(**changed):
     defaults = {
         "max_lr": 1.0, "min_lr": 0.2, "warmup_steps": 10, "max_steps": 110, "schedule": "cosine", "decay_steps": None,
-        "max_minutes": None, "weight_decay": 0.1, "router_weight_decay": None, "router_lr_scale": 1.0, "muon_lr": 20.0,
+        "max_minutes": None, "weight_decay": 0.1, "muon_lr": 20.0,
         "optimizer": "adamw", "beta1": 0.8, "beta2": 0.9,
     }
     return SimpleNamespace(**defaults | changed)
@@ -92,24 +92,20 @@ def small_model(**fields):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("changed", [{}, {"router_weight_decay": 0.0}, {"router_lr_scale": 3.0}], ids=str)
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
-def test_each_parameter_has_its_decay_and_its_rate(fields, changed, optimizer):
-    """Biases, the experts' too, and norms are not decayed; the router may differ; Muon takes the hidden matrices."""
+def test_each_parameter_has_its_decay_and_its_rate(fields, optimizer):
+    """Biases, the experts' too, and norms are not decayed; Muon takes the hidden matrices."""
     model = small_model(**fields)
-    built = optim.build_optimizer(model, settings(optimizer=optimizer, **changed))
+    built = optim.build_optimizer(model, settings(optimizer=optimizer))
     optim.set_learning_rate(built, 0.5)
     held = [(p, group) for group in built.param_groups for p in group["params"]]
     group_of = dict(held)
     assert len(held) == len(group_of) == len(list(model.parameters()))
     matrix = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight", ".experts.c_fc", ".experts.c_proj")
     for name, p in model.named_parameters():
-        decay, rate, router = 0.1, 0.5, ".router." in name
+        decay, rate = 0.1, 0.5
         if name.endswith("bias") or ".ln_" in name:
             decay = 0.0
-        if router:
-            decay = changed.get("router_weight_decay", 0.1)
-            rate = 0.5 * changed.get("router_lr_scale", 1.0)
         if optimizer == "muon" and name.endswith(matrix):
             rate = 0.5 * 20.0
         assert (group_of[p]["weight_decay"], group_of[p]["lr"]) == (decay, rate), name

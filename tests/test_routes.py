@@ -113,8 +113,8 @@ def test_texts_of_files_and_tables_share_max_tokens(tmp_path):
     texts = {name: bytes(ids.tolist()) for name, ids in sources.items()}
     assert texts == {"b.jsonl": b"one\n\ntwo", "c.parquet": b"three\n\nfour", "sub/a.txt.gz": b"a" * 30}
     for name in ("b.jsonl", "c.parquet", "model.bin"):
-        with pytest.raises(UserError, match="--column"):
-            routes.read_text(tmp_path / name, "no_such_column", 100)
+        with pytest.raises(UserError, match=name):
+            routes.read_sources([tmp_path / name], get_tokenizer("bytes"), 90, "no_such_column")
     assert list(routes.read_sources((), get_tokenizer("gpt2"), 2000)) == ["prose (built in)", "argparse.py"]
 
 

@@ -26,7 +26,7 @@ VARIANTS = [
     *({"gate": gate, "top_k": top_k, "use_bias_balance": top_k > 2} for gate in GATES for top_k in (1, 2, 3)),
     {"stride": 3, "n_exp": 64}, {"n_layer": 4, "first_dense": 1, "expert_hidden": 7, "n_shared_exp": 1}, {"n_exp": 1},
     {"router_use_full_prec": True, "dropout": 0.3, "eval_capacity": 0.1, "train_capacity": float("inf")},
-    {"use_quantile_balance": True, "gate_scale": 2.5}, {"qk_norm": True, "n_exp": 1}, {**BALANCED, "bias": False},
+    {"use_quantile_balance": True}, {"qk_norm": True, "n_exp": 1}, {**BALANCED, "bias": False},
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:top_k=1", "ignore:.gradient_checkpointing")
 
@@ -254,7 +254,7 @@ def test_what_is_no_source_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fields", [
-    {"gate_scale": 2.5}, {"top_k": 1}, {"gate": "sigmoid", "top_k": 3}, {"use_bias_balance": True, "stride": 1},
+    {}, {"top_k": 1}, {"gate": "sigmoid", "top_k": 3}, {"use_bias_balance": True, "stride": 1},
     {"use_noisy_top_k": True, "n_shared_exp": 2}, {"use_switch_tfm_init": True, "router_use_full_prec": True},
 ])
 def test_an_upcycled_model_computes_the_dense_function(tmp_path, fields):
