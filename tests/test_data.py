@@ -202,6 +202,16 @@ def test_fingerprint_is_that_of_the_tokens(data, tmp_path):
     assert fingerprint(data.rename(tmp_path / "moved")) == seen[-1]
 
 
+def test_copies_of_a_shard_are_named(data, capsys):
+    corpus(data, (50,), split="val")
+    write_npy(data / FIRST, np.arange(300))
+    fingerprint(data)
+    assert not capsys.readouterr().err
+    write_npy(data / name_of("train", 5), np.arange(300))
+    fingerprint(data)
+    assert f"{name_of('train', 5)} seems a copy of {FIRST}" in capsys.readouterr().err
+
+
 def raw(dtype, header=()):
     data = np.array(header, np.int32).tobytes() + np.random.default_rng(0).integers(0, 50257, 500, dtype).tobytes()
     return lambda folder: (folder / "train.bin").write_bytes(data)

@@ -16,7 +16,7 @@ from lab import checkpoint
 from lab.common import UserError
 from lab.tokenizer import get_tokenizer
 from model import GATES, GPT, GPTConfig
-from weights import export_hf, from_pretrained, open_model
+from weights import export_hf, from_pretrained, leak, logits_of, open_model
 
 transformers = pytest.importorskip("transformers")
 
@@ -179,6 +179,12 @@ def test_what_the_class_does_not_compute_is_not_exported(tmp_path, monkeypatch):
 
         monkeypatch.setattr(kind, "forward", leaky)
     refused(random_model(n_exp=1), "a later token or another row moves a logit")
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_no_later_token_and_no_other_row_moves_a_logit(fields):
+    model = random_model(**fields)
+    assert leak(logits_of(model), 24, model.config.vocab_size) < 1e-5
 
 
 def test_a_folder_with_files_is_never_written_to_and_its_code_never_run(tmp_path):
