@@ -7,20 +7,16 @@ The run saves a checkpoint at every step, and every third kill waits until one i
 found a whole checkpoint and the two logs are equal, line for line, but for the clock streams. Prints a JSON summary.
 """
 
-import contextlib
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from conftest import ROOT, flags, lines, tiny, write_shards  # noqa: E402
+from conftest import end, flags, fork, fork_ranks, lines, script, tiny, write_shards  # noqa: E402
 
 from lab import checkpoint, common  # noqa: E402
 
@@ -44,27 +40,29 @@ def torture(folder, kills, rng, ranks=1):
         data_root=write_shards(folder / "words"), max_steps=12 * kills, sample_from_model_every=7, n_embd=128,
         save_checkpoint_every=1, use_noisy_top_k=True, use_aux_loss=True, dropout=0.1, logs_dir=folder, resume="auto",
     )
-    command = [sys.executable, str(ROOT / "train_single_gpu.py"), *flags(settings)]
-    if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command = [command[0], *torchrun, *command[1:], "--fsdp"]
-    subprocess.run([*command, "--name", "left"], check=True, stdout=subprocess.DEVNULL)
+    words = [*flags(settings), *(["--fsdp"] if ranks > 1 else [])]
+
+    def start(name):
+        call = (script, "train_single_gpu.py", [*words, "--name", name])
+        return fork_ranks(ranks, *call) if ranks > 1 else [fork(*call)]
+
+    for process in start("left"):
+        end(process)
     home, killed, mid_write, lived = folder / "killed_seed_1337", 0, 0, []
     while True:
-        process = subprocess.Popen([*command, "--name", "killed"], stdout=subprocess.PIPE, text=True)
-        ended = all("| loss" not in line for line in process.stdout)  # until the first step of this life
+        processes = start("killed")
+        ended = all("| loss" not in line for line in processes[0].out)  # until the first step of this life
         if not ended and killed < kills:
             time.sleep(rng.uniform(0, 0.4))
-            while killed % 3 == 2 and process.poll() is None and not any(half_written(home)):
+            while killed % 3 == 2 and processes[0].is_alive() and not any(half_written(home)):
                 time.sleep(0.001)
-            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    one.kill()
+            for process in processes:
+                process.kill()
             killed += 1
-        process.communicate()
-        assert process.returncode in (0, -9)
+        for process in processes:
+            end(process, (0, -9))
         mid_write += any(half_written(home))
-        if process.returncode == 0:
+        if processes[0].exitcode == 0:
             break
         if checkpoint.newest(home):
             lived.append(checkpoint.read(home)[1]["step"])

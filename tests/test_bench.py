@@ -3,14 +3,16 @@
 import functools
 import json
 import math
-import subprocess
+import multiprocessing
+import signal
 import sys
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import FORKS, end, fork_ranks, run_script, script
 
 import bench
+from lab import common
 from model import GPTConfig, MoE
 
 SHAPE = ("--device", "cpu", "--n_embd", "32", "--n_head", "2", "--n_layer", "2", "--n_exp", "4", "--vocab_size", "300",
@@ -89,13 +91,18 @@ def test_step_beside_another_repository_and_one_hot(tmp_path):
 
 
 @pytest.mark.slow
-def test_scale_of_two_ranks_and_of_one_hot_dispatch(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", bench.__file__]
-    subprocess.run([*launcher, "scale", *SHAPE, tmp_path, "--tokens", "64", "--variants", "top2"], check=True)
+def test_scale_of_two_ranks_and_of_one_hot_dispatch(tmp_path, monkeypatch):
+    words = ("scale", *SHAPE, tmp_path, "--tokens", 64, "--variants", "top2")
+    for rank in fork_ranks(2, script, "bench.py", words):
+        end(rank)
     rows = rows_of(tmp_path / "scale_cpu_float32.json")
     assert rows["fsdp top2", 64]["GB"] < rows["ddp top2", 64]["GB"]
 
-    run_script("bench.py", "scale", *SHAPE, tmp_path, "--tokens", 64, 128, 256, "--uniform_routing", check=0)
+    words = ("bench.py", "scale", *SHAPE, tmp_path, "--tokens", 64, 128, 256, "--uniform_routing")
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # bench.py sets SIGTERM, of this process here
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORKS)  # the test above has spawned processes
+    assert bench.main() == common.DONE
     rows = rows_of(tmp_path / "scale_cpu_float32.json")
     assert {row["max_vio"] for row in rows.values()} == {0}
     for name, linear in (("top2_capacity", True), ("one_hot", False)):

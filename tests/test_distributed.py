@@ -1,22 +1,23 @@
 """Several processes on one CPU, gloo: the run they make together is the run that one makes."""
 
-import json
 import math
 import os
-import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
-from conftest import ROOT, flags, lines, streams, tiny
+import torch
+import torch.distributed as dist
+from conftest import ROOT, end, flags, fork_ranks, free_port, lines, script, streams, tiny
 
-from lab import checkpoint
+import train_single_gpu as trainer
+from lab import checkpoint, common
 
 pytestmark = pytest.mark.slow
-WORKER = Path(__file__).with_name("distributed_worker.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 VARIANTS = {
     "no_moe": {"n_exp": 1, "qk_norm": True, "mlp_init": "switch"},
@@ -30,29 +31,30 @@ VARIANTS = {
                  "top_k": 1, "gate": "softmax"},
     "muon": {"optimizer": "muon", "n_shared_exp": 1, "first_dense": 1},
 }
-FOUR = ("aux", "balance", "noisy", "quantile")  # what the ranks add up or draw
+CASES = {  # ranks, sharded, names: of 4 those that add up or draw
+    "2": (2, False, tuple(VARIANTS)), "4": (4, False, ("aux", "balance", "noisy", "quantile")),
+    "2 sharded": (2, True, ("no_moe", "aux", "balance", "quantile")),
+}
 
 
-def start(n, runs, meeting):
-    """The n ranks, as torchrun would start them, which imports torch n + 1 times."""
-    meeting.unlink(missing_ok=True)
-    env = os.environ | {"WORLD_SIZE": str(n)}
-    command = [sys.executable, str(WORKER), json.dumps(runs), meeting.as_uri()]
-    return [
-        subprocess.Popen(command, env=env | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
-                         stdout=subprocess.DEVNULL)
-        for rank in range(n)
-    ]
+def train_one_after_another(runs):
+    """A rank: the runs in one process, and one process group for all of them."""
+    warnings.simplefilter("ignore", UserWarning)
+    dist.init_process_group("gloo")
+    for settings in runs:
+        if settings.get("compile_on_cpu"):  # the same graphs; inductor would take a minute to compile them
+            torch.compiler.set_stance(force_backend="aot_eager")
+        logs_dir = settings["logs_dir"].replace("{rank}", os.environ["RANK"])
+        assert trainer.run(trainer.Args(**settings | {"logs_dir": logs_dir})) == 0
+    dist.destroy_process_group()
+    common.exit_now(0)
 
 
 def launch(n, folder, *runs):
     """The runs, one after the other, on n processes, with their run folders in `folder`; their streams."""
-    folder.mkdir(exist_ok=True)
-    defaults = tiny(n_embd=16, B=2, max_steps=9, val_tokens=192, logs_dir=str(folder))
-    runs = [defaults | run for run in runs]
-    for process in start(n, runs, folder / "meeting"):
-        said = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, said[-3000:]
+    runs = [tiny(n_embd=16, B=2, max_steps=6, val_tokens=192, **{"logs_dir": str(folder)} | run) for run in runs]
+    for rank in fork_ranks(n, train_one_after_another, runs):
+        end(rank)
     return {run["name"]: streams(next(folder.rglob(f"{run['name']}_seed_1337"))) for run in runs}
 
 
@@ -67,34 +69,28 @@ def alone(shards, tmp_path_factory):
     return launch(1, tmp_path_factory.mktemp("alone"), *runs)
 
 
-@pytest.mark.parametrize("n, names", [(2, tuple(VARIANTS)), (4, FOUR)], ids=["2", "4"])
-def test_n_processes_make_the_run_of_one(n, names, alone, shards, tmp_path):
-    together = launch(n, tmp_path, *[{"name": name, "data_root": str(shards)} | VARIANTS[name] for name in names])
+@pytest.mark.parametrize("n, fsdp, names", CASES.values(), ids=CASES)
+def test_n_processes_make_the_run_of_one(n, fsdp, names, alone, shards, tmp_path):
+    settings = {"data_root": str(shards), "fsdp": fsdp}
+    together = launch(n, tmp_path, *[settings | {"name": name} | VARIANTS[name] for name in names])
     router = ["val_bpb", "max_vio_0", "val_max_vio_0", "drop_frac", "val_drop_frac_0", "router_logit", "logit_std_0"]
     for name in names:
         agree(together[name], alone[name])
         agree(together[name], alone[name], {"aux": [*router, "aux_loss", "z_loss"], "noisy": router}.get(name, []))
 
 
-def test_sharded_ranks_make_the_run_of_one(alone, shards, tmp_path):
-    names = ("no_moe", "aux", "balance", "quantile")
-    runs = [{"name": name, "data_root": str(shards), "fsdp": True} | VARIANTS[name] for name in names]
-    for name, found in launch(2, tmp_path, *runs).items():
-        agree(found, alone[name])
-
-
 def test_a_sharded_checkpoint_continues_on_fewer_ranks_and_on_one(alone, shards, tmp_path):
-    """4 sharded ranks to step 3, 2 sharded ranks to step 6, then 1 process: the run of one process."""
-    settings = {"data_root": str(shards), "save_checkpoint_every": 3, "name": "aux", "keep_checkpoints": 9}
+    """4 sharded ranks to step 2, 2 sharded ranks to step 4, then 1 process: the run of one process."""
+    settings = {"data_root": str(shards), "save_checkpoint_every": 2, "name": "aux", "keep_checkpoints": 9}
     settings |= VARIANTS["aux"]
     launch(4, tmp_path, settings | {"fsdp": True})
     folder = tmp_path / "aux_seed_1337"
-    for n, last, fsdp in ((2, 3, True), (1, 6, False)):
+    for n, last, fsdp in ((2, 2, True), (1, 4, False)):
         for path in checkpoint.checkpoints(folder):
             if checkpoint.step_of(path) > last:
                 Path(path, checkpoint.INDEX).unlink() if path.is_dir() else path.unlink()
         (found,) = launch(n, tmp_path, settings | {"resume": "auto", "fsdp": fsdp}).values()
-        assert found["train"][0].tolist() == list(range(9))
+        assert found["train"][0].tolist() == list(range(6))
         agree(found, alone["aux"])
 
 
@@ -138,19 +134,11 @@ def test_torchrun_ends_well_and_a_killed_rank_ends_the_job_which_can_be_resumed(
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(shards, tmp_path):
     """They leave together, whichever was told: none waits for the other in a step or in an evaluation."""
     words = flags(tiny(data_root=shards, max_steps=100_000, n_embd=16, B=2, val_loss_every=3))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [
-        subprocess.Popen([sys.executable, str(ROOT / "train_single_gpu.py"), *words], stdout=subprocess.PIPE, text=True,
-                         env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, cwd=tmp_path)
-        for r in range(2)
-    ]
-    next(line for line in ranks[0].stdout if "step     12 | loss" in line)
+    ranks = fork_ranks(2, script, "train_single_gpu.py", words, cwd=tmp_path)
+    next(line for line in ranks[0].out if "step     12 | loss" in line)
     ranks[1].terminate()
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [130, 130] and "stopped after" in said[0]
+    said = [end(rank, 130) for rank in ranks]
+    assert "stopped after" in said[0]
     folder = tmp_path / "logs/run_seed_1337"
     last = checkpoint.step_of(checkpoint.newest(folder))
     assert streams(folder)["train"][0].tolist() == list(range(last)) and last > 12
@@ -161,19 +149,13 @@ def test_two_nodes_of_which_one_dies_start_again_and_make_the_run_left_alone(sha
     settings = {"name": "nodes", "data_root": str(shards), "save_checkpoint_every": 5, "max_steps": 30, "fsdp": True,
                 "val_loss_every": 20, "dist_timeout": 20, "resume": "auto"}
     launch(2, tmp_path / "alone", settings)
+    words = flags(tiny(n_embd=16, B=2, val_tokens=192, logs_dir=tmp_path / "nodes") | settings)
+    train = [str(ROOT / "train_single_gpu.py"), *words]
 
     def start_nodes():
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        words = flags(tiny(n_embd=16, B=2, val_tokens=192, logs_dir=tmp_path / "nodes") | settings)
-        meet = [f"--master_port={port}", "--master_addr=127.0.0.1", "--nnodes=2", "--nproc_per_node=1"]
-        script = [str(ROOT / "train_single_gpu.py"), *words]
-        return [
-            subprocess.Popen([*TORCHRUN, *meet, f"--node_rank={node}", *script], stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, text=True)
-            for node in (0, 1)
-        ]
+        meet = [f"--master_port={free_port()}", "--master_addr=127.0.0.1", "--nnodes=2", "--nproc_per_node=1"]
+        commands = [[*TORCHRUN, *meet, f"--node_rank={node}", *train] for node in (0, 1)]
+        return [subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for line in commands]
 
     nodes = start_nodes()
     next(line for line in nodes[0].stdout if "step     12 | loss" in line)
@@ -190,12 +172,12 @@ def test_two_nodes_of_which_one_dies_start_again_and_make_the_run_left_alone(sha
 
 def test_ranks_that_share_no_disk_resume_the_same_run(alone, shards, tmp_path):
     """Rank 0 finds the run, has its log and loads it; the other gets it all from rank 0."""
-    settings = {"name": "moe", "data_root": str(shards), "save_checkpoint_every": 3, "keep_checkpoints": 9}
+    settings = {"name": "moe", "data_root": str(shards), "save_checkpoint_every": 2, "keep_checkpoints": 9}
     settings |= VARIANTS["moe"] | {"logs_dir": str(tmp_path / "{rank}")}
     launch(2, tmp_path, settings)
     assert not (tmp_path / "1").exists()
     for path in checkpoint.checkpoints(tmp_path / "0/moe_seed_1337"):
-        if checkpoint.step_of(path) > 3:
+        if checkpoint.step_of(path) > 2:
             path.unlink()
     (found,) = launch(2, tmp_path, settings | {"resume": "auto"}).values()
     agree(found, alone["moe"])
@@ -206,16 +188,7 @@ def test_an_error_is_said_once_and_ends_every_rank_with_2(shards, tmp_path):
     (tmp_path / "logs/run_seed_1337").mkdir(parents=True)
     (tmp_path / "logs/run_seed_1337/log.txt").write_text("0 train 1\n")
     for data_root, error in (("nowhere", "nowhere"), (shards, "holds a run")):
-        words = [sys.executable, str(ROOT / "train_single_gpu.py"), *flags(tiny(data_root=data_root))]
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks = [
-            subprocess.Popen(words, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, text=True,
-                             cwd=tmp_path)
-            for r in range(2)
-        ]
-        said = [rank.communicate(timeout=120)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [2, 2]
+        words = flags(tiny(data_root=data_root))
+        ranks = fork_ranks(2, script, "train_single_gpu.py", words, cwd=tmp_path, streams=(2,))
+        said = [end(rank, 2) for rank in ranks]
         assert said[0].count("error: ") == 1 and error in said[0] and "error: " not in said[1]

@@ -1,27 +1,26 @@
 """Blocks compiled on the CPU: one graph per kind, none compiled again, none split by DDP, gradients as eager ones."""
 
 import copy
+import functools
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import end, fork
 from test_model import SETTINGS, gradients, make, tokens
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lab import devices
+from lab import common, devices
 from model import GPT, GPTConfig
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def counter(monkeypatch):
-    """Counts graphs, of forward and backward; fullgraph raises at a graph break."""
-    torch._dynamo.reset()
-    counter, compile = CompileCounterWithBackend("aot_eager"), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compile(function, backend=counter, fullgraph=True))
-    return counter
+def count_graphs(compile=torch.compile):
+    """A counter of graphs, of forward and backward, and torch.compile for it, which raises at a graph break."""
+    counter = CompileCounterWithBackend("aot_eager")
+    return counter, functools.partial(compile, backend=counter, fullgraph=True)
 
 
 def parallel(model, world_size=1):
@@ -31,8 +30,11 @@ def parallel(model, world_size=1):
 
 
 @pytest.mark.parametrize("name", ["tight", "aux_step", "all_tricks"])
-def test_compiled_training_is_eager_training_in_a_graph_per_kind_of_block(name, counter):
+def test_compiled_training_is_eager_training_in_a_graph_per_kind_of_block(name, monkeypatch):
     """Three micro-batches with an evaluation between them, whatever the routing."""
+    torch._dynamo.reset()
+    counter, compile = count_graphs()
+    monkeypatch.setattr(torch, "compile", compile)
     eager = make(**SETTINGS[name] | {"n_layer": 4, "n_exp": 8, "expert_hidden": 32})
     compiled = parallel(copy.deepcopy(eager))
     for seed in range(3):
@@ -44,18 +46,22 @@ def test_compiled_training_is_eager_training_in_a_graph_per_kind_of_block(name, 
                 model.eval()(*tokens(S=9, seed=seed))
             model.train()
     assert counter.frame_count == 3  # MoE block, dense block, chunk of the loss
-    torch.testing.assert_close(gradients(compiled), gradients(eager), rtol=1e-2, atol=1e-4)
+    for name, expected in gradients(eager).items():  # in bfloat16, rounded at other places
+        assert (gradients(compiled)[name] - expected).norm() < 0.02 * expected.norm(), name
     torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()), rtol=1e-3, atol=1e-5)
 
 
-def test_ddp_splits_no_block_of_real_size(counter):
-    """torch's DDPOptimizer would cut what is compiled at every 25 MB of gradients; blocks are DDP's own overlap."""
+def step_under_ddp():
+    counter, torch.compile = count_graphs()
     config = GPTConfig(n_layer=2, n_head=12, n_embd=768, vocab_size=64, block_size=8, n_exp=4)
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    try:
-        model = parallel(GPT(config, torch.Generator().manual_seed(0)), world_size=2)
-        with torch.autocast("cpu", torch.bfloat16):
-            model(*tokens(S=8)).loss.backward()
-    finally:
-        dist.destroy_process_group()
-    assert counter.frame_count == 3
+    model = parallel(GPT(config, torch.Generator().manual_seed(0)), world_size=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(*tokens(S=8)).loss.backward()
+    common.exit_now(counter.frame_count)
+
+
+def test_ddp_splits_no_block_of_real_size():
+    """torch's DDPOptimizer would cut what is compiled at every 25 MB of gradients; blocks are DDP's own overlap. In a
+    process that ends at once: one that frees a model under DDP sometimes waits for ever for a thread of gloo."""
+    end(fork(step_under_ddp), code=3)  # graphs

@@ -2,14 +2,12 @@
 
 import itertools
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT, flags, lines, streams, tiny
+from conftest import end, flags, fork, lines, script, streams, tiny
 
 import train_single_gpu as trainer
 from lab import checkpoint, runs
@@ -112,16 +110,15 @@ def test_a_moved_folder_is_the_same_run(train):
 def test_two_runs_never_write_one_folder(train, shards, tmp_path):
     """Neither one log, nor, from two log folders, one folder of checkpoints. A killed run's lock is no obstacle."""
     words = flags(tiny(data_root=shards, max_steps=100_000, checkpoint_dir="ck", save_checkpoint_every=2))
-    command = [sys.executable, str(ROOT / "train_single_gpu.py"), *words]
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    first = fork(script, "train_single_gpu.py", words, cwd=tmp_path)
     try:
-        next(line for line in first.stdout if "step      5 | loss" in line)
+        next(line for line in first.out if "step      5 | loss" in line)
         for other in ({"resume": "auto"}, {"logs_dir": "other_logs"}):
             with pytest.raises(UserError, match="lock is held by another process"):
                 train(max_steps=100_000, checkpoint_dir="ck", save_checkpoint_every=2, **other)
     finally:
         first.kill()
-        first.communicate()
+        end(first, -9)
     assert not Path("other_logs/run_seed_1337").exists(), "a refused start leaves nothing behind"
     saved = checkpoint.step_of(checkpoint.newest("ck/run_seed_1337"))
     assert resume("logs/run_seed_1337", "--stop_after", str(saved + 2)) == 0
@@ -214,11 +211,11 @@ def test_pair_loss_is_that_of_counted_pairs():
 def test_a_closed_terminal_ends_the_run_with_a_checkpoint(tmp_path, shards):
     """`train | head`: nobody reads any more. The run saves and ends as if it were interrupted."""
     words = flags(tiny(data_root=shards, max_steps=100_000, val_loss_every=0))
-    command = [sys.executable, str(ROOT / "train_single_gpu.py"), *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
-    next(line for line in process.stdout if "step      5 | loss" in line)
-    process.stdout.close()
-    assert process.wait(timeout=120) == 130
+    process = fork(script, "train_single_gpu.py", words, cwd=tmp_path)
+    next(line for line in process.out if "step      5 | loss" in line)
+    process.out.close()
+    process.join()
+    assert process.exitcode == 130
     assert checkpoint.step_of(checkpoint.newest(tmp_path / "logs/run_seed_1337")) > 5
 
 

@@ -198,8 +198,6 @@ def test_the_script_reads_a_file_and_refuses_mistakes(file, tmp_path, monkeypatc
     cases = [
         ("\ufefflonger than the window ✓".encode(), ["--checkpoint", file], 0, "the last 16 of the prompt's 26 tokens"),
         (b"\xff\xfe", ["--checkpoint", file], 2, "is not UTF-8"),
-        (b"a", [], 2, "give one model"),
-        (b"a", ["--checkpoint", file, "--top_k", 0], 2, "top_k must be at least 1"),
     ]
     for content, words, code, said in cases:
         prompt.write_bytes(content)

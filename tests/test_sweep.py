@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -183,33 +182,30 @@ def test_others_run_when_one_fails_and_the_same_command_continues(call, shards, 
 @pytest.mark.slow
 def test_stopped_and_preempted_runs_continue_with_the_log_of_a_run_left_alone(call, shards, tmp_path):
     """Ctrl-C, then the same command through submitit's local executor, whose job is pre-empted and queued again."""
-    words = ("--variants", "only_moe", *flags(shards, max_steps=400))
-    command = [sys.executable, sweep.__file__, "--seeds", "1", *words]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    ours, alone = (tmp_path / folder / "only_moe_seed_1" for folder in ("logs", "alone"))
+    words, ours = flags(shards, max_steps=250, val_loss_every=50), tmp_path / "logs/only_moe_seed_1"
+    command = ["--seeds", "1", "--variants", "only_moe", *words]
 
     def wait_for_step(step):
         while not (ours / "log.txt").exists() or not runs.read_log(ours).step.max() >= step:
-            assert process.poll() is None
+            assert process.is_alive()
             time.sleep(0.05)
 
-    process = subprocess.Popen(command, **pipes)
+    process = conftest.fork(conftest.script, "sweep.py", command)
     wait_for_step(5)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == INTERRUPTED and "only_moe_seed_1: interrupted" in out, err
+    os.kill(process.pid, signal.SIGINT)
+    assert "only_moe_seed_1: interrupted" in conftest.end(process, INTERRUPTED)
 
     slurm = ["--slurm", "cluster=local", "timeout_min=30", "slurm_partition=any"]
-    process = subprocess.Popen([*command, *slurm], **pipes)
+    process = conftest.fork(conftest.script, "sweep.py", [*command, *slurm])
     wait_for_step(runs.read_log(ours).step.max() + 5)
     children = psutil.Process(process.pid).children(recursive=True)
     next(child for child in children if "submitit.core._submit" in child.cmdline()).send_signal(signal.SIGUSR2)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == DONE and "only_moe_seed_1: done" in out, err
+    assert "only_moe_seed_1: done" in conftest.end(process)
 
-    assert call(*words, "--logs_dir", "alone")[0] == DONE
+    (alone,) = plan(*words, "--logs_dir", "alone", variants=("only_moe",))
+    assert train_single_gpu.run(alone.args) == DONE
     first, second = (resumed["step"] for resumed in runs.read_config(ours)["resumed"])
-    assert 0 < first < second < 400 and conftest.lines(ours) == conftest.lines(alone)
+    assert 0 < first < second < 250 and conftest.lines(ours) == conftest.lines(alone.folder)
 
 
 def test_wrong_parameters_of_submitit_are_refused(shards, tmp_path):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags, lines, run_script, streams, tiny
+from conftest import ROOT, end, flags, fork, lines, run_script, script, streams, tiny
 
 import train_single_gpu as trainer
 import weights
@@ -23,7 +23,7 @@ from lab import checkpoint, common, logger, optim, runs
 from lab.common import UserError
 from lab.data import DataLoader
 from lab.tokenizer import get_tokenizer
-from model import GPTConfig
+from model import GPTConfig, MoE
 
 NOISY = {"use_noisy_top_k": True, "use_aux_loss": True, "use_router_z_loss": True}
 ROW = {"ctx": "the router", "label": 1, "endings": ["zzzz qqqq", "sends a token", "!!!!", "@@@@"]}
@@ -49,8 +49,10 @@ def test_published_defaults():
 
 
 @pytest.mark.slow
-def test_every_setting_has_a_help_text_and_is_read_somewhere():
-    box = run_script("train_single_gpu.py", "--help", check=0).stdout.replace("│", " ")
+def test_every_setting_has_a_help_text_and_is_read_somewhere(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        trainer.read_args(["--help"])
+    box = capsys.readouterr().out.replace("│", " ")
     shown = " ".join(box.split("options", 1)[1].split())
     sources = "".join(path.read_text() for path in (*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")))
     for field in dataclasses.fields(trainer.Args):
@@ -89,7 +91,7 @@ def test_args_edited_as_nanogpt_is_edited_work_and_a_name_that_is_no_setting_is_
     (tmp_path / "train_single_gpu.py").write_text(edited)
     settings = tiny(data_root=shards, max_steps=2)
     words = flags({key: value for key, value in settings.items() if key not in ("top_k", "gate", "n_exp", "max_lr")})
-    run_script(tmp_path / "train_single_gpu.py", *words, cwd=tmp_path, check=0)
+    end(fork(script, tmp_path / "train_single_gpu.py", words, cwd=tmp_path))
     config = runs.read_config(tmp_path / "logs/run_seed_1337")
     assert config["settings"]["max_lr"] == 1e-2 and config["settings"]["top_k"] == 1
     assert config["model"]["n_exp"] == 3 and config["model"]["gate"] == "softmax"
@@ -158,6 +160,19 @@ def test_validation_is_a_fixed_text_whatever_the_batch_and_the_router_losses(tra
     assert a["val_max_vio_0"][1][-1] == pytest.approx((count.max() / count.mean() - 1).item(), rel=1e-4)
 
 
+def test_a_model_that_sees_later_tokens_is_warned_of(train, capsys, monkeypatch):
+    assert train()[0] == 0 and "too good to be true" not in capsys.readouterr().out
+    mix = MoE.mix
+    monkeypatch.setattr(MoE, "mix", lambda moe, x_TD, *args: mix(moe, x_TD, *args) + x_TD.mean(0))
+    assert train(name="leaky")[0] == 0 and "too good to be true" in capsys.readouterr().out
+
+
+def test_the_last_validation_is_also_made_without_capacity(train):
+    found = {capacity: streams(train(name=f"of_{capacity}", eval_capacity=capacity)[1]) for capacity in (0.5, math.inf)}
+    assert "val_dropless" not in found[math.inf] and found[0.5]["val_dropless"][0].tolist() == [10]
+    assert found[0.5]["val_dropless"][1] == found[math.inf]["val"][1][-1] != found[0.5]["val"][1][-1]
+
+
 @pytest.mark.slow
 def test_bits_per_byte_of_gpt2_tokens_made_elsewhere(train, tmp_path):
     """Without meta.json tokens are GPT-2's; end of text has no bytes, and its loss counts."""
@@ -220,9 +235,9 @@ def test_a_resumed_run_is_the_run_left_alone(train, settings):
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_run_goes_on(tmp_path, shards):
-    words = flags(tiny(data_root=shards, max_steps=3000, val_loss_every=0, **NOISY))
-    command = [sys.executable, str(ROOT / "train_single_gpu.py"), *words]
+def test_sigterm_saves_and_the_run_goes_on(train, tmp_path, shards):
+    settings = {"max_steps": 3000, "val_loss_every": 0, **NOISY}
+    command = [sys.executable, str(ROOT / "train_single_gpu.py"), *flags(tiny(data_root=shards, **settings))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     next(line for line in process.stdout if "step     20 | loss" in line)
     process.send_signal(signal.SIGTERM)
@@ -231,9 +246,8 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, shards):
     assert process.returncode == 130 and f"--resume {Path('logs/run_seed_1337')}" in said
     stopped = checkpoint.step_of(checkpoint.newest(folder))
     assert stopped > 20
-    run_script("train_single_gpu.py", "--resume", folder, "--stop_after", stopped + 3, cwd=tmp_path, check=0)
-    run_script("train_single_gpu.py", *words, "--name", "left", "--stop_after", stopped + 3, cwd=tmp_path, check=0)
-    assert lines(folder) == lines(tmp_path / "logs/left_seed_1337")
+    assert trainer.run(trainer.read_args(["--resume", str(folder), "--stop_after", str(stopped + 3)])) == 0
+    assert lines(folder) == lines(train(**settings, name="left", stop_after=stopped + 3)[1])
 
 
 @pytest.mark.slow
@@ -371,11 +385,11 @@ def test_any_module_with_init_log_and_finish_is_a_tracker(train, monkeypatch, tm
 
 
 @pytest.mark.slow
-def test_a_laptop_is_not_misled(tmp_path, shards):
+def test_a_laptop_is_not_misled(train, tmp_path):
     """A run of more than a day on a CPU asks for --yes, and leaves nothing behind."""
-    words = flags(tiny(data_root=shards, n_embd=512, n_layer=8, total_batch_size=2**20, max_steps=100_000))
-    done = run_script("train_single_gpu.py", *words, cwd=tmp_path, check=2)
-    assert "--yes" in done.stderr and not list(tmp_path.glob("logs/*"))
+    with pytest.raises(UserError, match="--yes"):
+        train(n_embd=512, n_layer=8, total_batch_size=2**20, max_steps=100_000)
+    assert not list(tmp_path.glob("logs/*"))
 
 
 def test_the_schedule_of_the_run_is_logged(train):
@@ -401,19 +415,23 @@ def test_the_process_is_set_up_before_torch_is_loaded(script):
 
 @pytest.mark.slow
 def test_edited_defaults_break_no_quick_test(tmp_path):
-    """Ten defaults edited as a user edits them, with and without types; the quick tests run in that copy."""
+    """Ten defaults edited as a user edits them, with and without types; in that copy run the quick tests that start
+    runs: the defaults of Args reach no others."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, names.split("\0")):
+    for name in filter(lambda name: (ROOT / name).is_file(), names.split("\0")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    script = tmp_path / "train_single_gpu.py"
-    source = script.read_text()
+    edited = tmp_path / "train_single_gpu.py"
+    source = edited.read_text()
     for name, value in {"max_lr": "1e-2", "n_exp": "16", "B": "8", "max_steps": "500", "data_root": '"mine"'}.items():
         source, n = re.subn(rf"^    {name}: .* = \S+", f"    {name} = {value}", source, flags=re.MULTILINE)
         assert n == 1
     typed = "    n_layer: Positive = 4\n    use_aux_loss: bool = True\n    gate: str = 'softmax'\n"
     source = source.replace("    # the run\n", typed + "    top_k = 1\n    use_noisy_top_k = True\n    # the run\n")
-    script.write_text(source)
-    command = [sys.executable, "-m", "pytest", "-m", "not slow", "-q", "-p", "no:cacheprovider", "tests"]
+    edited.write_text(source)
+    users = re.compile(r"^import train_single_gpu|^from train_single_gpu|\(train[,)]", re.MULTILINE)
+    tests = [str(path) for path in tmp_path.glob("tests/test_*.py") if users.search(path.read_text())]
+    assert len(tests) >= 5
+    command = [sys.executable, "-m", "pytest", "-m", "not slow", "-q", "-p", "no:cacheprovider", *tests]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]
