@@ -52,7 +52,8 @@ def train_one_after_another(runs):
 
 def launch(n, folder, *runs):
     """The runs, one after the other, on n processes, with their run folders in `folder`; their streams."""
-    runs = [tiny(n_embd=16, B=2, max_steps=6, val_tokens=192, **{"logs_dir": str(folder)} | run) for run in runs]
+    defaults = {"n_embd": 16, "B": 2, "max_steps": 6, "val_tokens": 192, "logs_dir": str(folder)}
+    runs = [tiny(**defaults | run) for run in runs]
     for rank in fork_ranks(n, train_one_after_another, runs):
         end(rank)
     return {run["name"]: streams(next(folder.rglob(f"{run['name']}_seed_1337"))) for run in runs}

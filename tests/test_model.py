@@ -337,6 +337,17 @@ def test_top_1_with_a_constant_gate_warns_once():
         GPT(GPTConfig(**TINY, top_k=1, gate="softmax"))
 
 
+def test_ties_are_broken_the_same_way_in_every_type():
+    """Scores are float32 whatever the product was: equal rows of a router stay equal, and topk sees the same."""
+    router = make(n_exp=8, top_k=3).moe_layers()[0][1].router.eval()
+    router.w_g.weight.data[1:] = router.w_g.weight.data[0]
+    x_TD = torch.randn(50, 16, generator=torch.Generator().manual_seed(1))
+    expected = router(x_TD).expert_TK
+    assert torch.equal(router.double()(x_TD.double()).expert_TK, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router.float()(x_TD).expert_TK, expected)
+
+
 def test_noise_is_drawn_in_training_only():
     idx, targets = tokens()
     model, quiet = make(use_noisy_top_k=True, **DROPLESS), make(**DROPLESS)
