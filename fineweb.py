@@ -30,11 +30,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+from lab import common  # first: Ctrl-C while the others are imported ends quietly
+
+# isort: split
 import huggingface_hub
 import numpy as np
 import pyarrow.parquet
 
-from lab import common, data
+from lab import data
 from lab.common import Fraction, Positive, Range, UserError
 from lab.tokenizer import get_tokenizer
 

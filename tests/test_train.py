@@ -251,8 +251,10 @@ def test_sigterm_saves_and_the_run_goes_on(train, tmp_path, shards):
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_torch_is_imported_ends_quietly(tmp_path):
-    command = [sys.executable, str(ROOT / "train_single_gpu.py")]
+@pytest.mark.parametrize("name", ["bench", "compare", "doctor", "hellaswag", "routes", "sample", "sweep",
+                                  "train_single_gpu", "weights"])
+def test_ctrl_c_while_modules_are_imported_ends_quietly(name, tmp_path):
+    command = [sys.executable, str(ROOT / f"{name}.py"), "--help"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=tmp_path)
     time.sleep(0.7)
     began = time.monotonic()
