@@ -147,7 +147,7 @@ def local_documents(args, paths, first):
                 number += 1
         except (OSError, ValueError, LookupError, TypeError) as error:
             if not args.stdlib:  # some of Python's tests are not UTF-8
-                raise UserError(f"{path}: {error} (text must be UTF-8, in --column {args.column})") from error
+                raise UserError(f"{path}: {error} (UTF-8 is needed, see iconv; --column {args.column})") from error
 
 
 def hub_documents(args, state):

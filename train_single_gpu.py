@@ -495,6 +495,8 @@ def evaluate_only(args, machine, run):
         model = weights.from_pretrained(args.resume).to(machine.device)
     else:
         model = build_model(args, machine, None, loaders[0])
+        if args.init_from == "scratch":
+            run.say("note: an untrained model; --init_from names one that is trained")
     for loader in loaders:
         found = validate(model, loader, args, machine, common.Stop())
         bits = f", {found['val_bpb']:.4f} bits per byte" if "val_bpb" in found else ""
