@@ -188,6 +188,8 @@ def main():
         counted = loader.rows_at(0, min(loader.file_rows, 1_000_000 // S))[0]
         pairs = runs.pair_loss(counted.numpy().ravel(), idx.numpy().ravel(), V)
     rows, ce = examine(subject, idx, pairs)
+    if not subject.layers:
+        print("not seen: no router here tells its logits and its choice of experts")
     print(f"{path}: {ce:.3f} nats per token of {root or 'random tokens: no --data_root'}; counted pairs {pairs:.3f}")
     lines = (Row._fields, *rows, *log)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

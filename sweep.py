@@ -286,11 +286,11 @@ def main():
     fingerprint = None if args.slurm or args.dry_run else data.fingerprint(jobs[0].args.data_root)
     for job in jobs:
         look_at(job, fingerprint)
-        if job.state != "waiting":
-            print(f"{job.name}: {job.state}")
     if args.dry_run:
         return show_cost(jobs, len(slots), args.tok_per_sec)
 
+    for job in jobs:
+        print(f"{job.name}: {job.state}")
     todo, stopped = [job for job in jobs if job.state == "waiting"], False
     if args.slurm and todo:
         run_on_cluster(todo, args.slurm)

@@ -184,8 +184,7 @@ def train(args, machine, run):
             if due(step, args.val_loss_every, last):
                 streams |= validate(raw_model, val_loader, args, machine, stop)
                 if last and raw_model.moe_layers() and math.isfinite(args.eval_capacity):  # what capacity lets leak
-                    dropless = validate(raw_model, val_loader, args, machine, stop, dropless=True)
-                    streams |= {f"{name}_dropless": value for name, value in dropless.items() if name == "val"}
+                    streams |= validate(raw_model, val_loader, args, machine, stop, dropless=True)
             if examples and due(step, args.hellaswag_every, last) and not stop.now:
                 streams |= hellaswag.evaluate(raw_model, examples, machine)
             is_best = streams.get("val", math.inf) < best
@@ -382,6 +381,8 @@ def validate(model, loader, args, machine, stop, dropless=False):
         sums += torch.stack([loss * y.numel(), lengths[y].sum(), loss.new_tensor(y.numel())]).to(sums)
     model.train(was_training)
     (loss, n_bytes, tokens), routers = stats.reduce(sums, rank, world_size)
+    if dropless:  # nothing is logged of its routers
+        return {"val_dropless": loss / tokens}
     streams = {"val": loss / tokens}
     if n_bytes:
         streams["val_bpb"] = loss / math.log(2) / n_bytes

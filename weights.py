@@ -301,7 +301,7 @@ def check_export(model, folder):
     idx = torch.randint(model.config.vocab_size, (6, min(64, model.config.block_size)), generator=seeded(0))
     ours, found = logits_of(model)(idx), theirs(idx).logits
     wrong = (found - ours).abs().amax(dim=(1, 2)) > 1e-4 * ours.abs().max()
-    if wrong.all():  # rounding may send a token to another expert, once in many rows
+    if wrong.view(3, 2).any(dim=1).all():  # rounding may send a token to another expert, once in many rows
         raise ValueError("transformers computes other logits")
     moved = leak(lambda idx: theirs(idx).logits, idx.shape[1], model.config.vocab_size)
     if moved > 1e-4:

@@ -44,9 +44,10 @@ ROWS = [
     # text
     ("fineweb --files nowhere.txt --out out", "nowhere.txt"), ("fineweb --files bad.jsonl --out out", "bad.jsonl"),
     ("fineweb --files a.txt --out words", "words"), ("fineweb --stdlib --files a.txt", "give one"),
+    ("fineweb --files latin1.txt --out out", "iconv"), ("fineweb --stdlib --shard_size 0", "shard_size"),
     # sweeps and tables
     ("sweep --variants mooe", "mooe"), ("sweep --variants no_moe --n_expp 3", "n_exp"),
-    ("compare nowhere", "nowhere"), ("compare empty", "empty"),
+    ("compare nowhere", "nowhere"), ("doctor nowhere", "nowhere"), ("compare empty", "empty"),
 ]
 
 
@@ -62,6 +63,7 @@ def wrong(tmp_path_factory):
     torch.save({"weights": torch.zeros(3)}, folder / "foreign.pt")
     (folder / "torn.pt").write_bytes((folder / "foreign.pt").read_bytes()[:200])
     torch.save({"format": 3, "model": Payload()}, folder / "payload.pt")
+    (folder / "latin1.txt").write_bytes("caf\xe9 ".encode("latin-1") * 99)
     (folder / "bad.jsonl").write_text('{"text": "one"}\nnot json\n')
     (folder / "a.txt").write_text(json.dumps("some text of some length") * 99)
     return folder

@@ -165,6 +165,8 @@ def test_the_script(shards, train, tmp_path):
     assert "gate softmax" in end(fork(script, "doctor.py", [tmp_path / "top1.pt", "--data_root", shards]), code=1)
     foreign("Mixtral").save_pretrained(tmp_path / "mixtral")
     assert "random tokens" in end(fork(script, "doctor.py", [tmp_path / "mixtral"]))
+    foreign("Llama").save_pretrained(tmp_path / "llama")
+    assert "not seen: no router" in end(fork(script, "doctor.py", [tmp_path / "llama"]))
     (tmp_path / "mixtral/model.safetensors").write_bytes(b"torn")
     for word in ("nowhere", tmp_path / "mixtral"):
         assert "error: " in end(fork(script, "doctor.py", [word]), code=2)

@@ -107,7 +107,8 @@ def test_finished_and_diverged_runs_are_known(shards, tmp_path, log, checkpoint,
 
 def test_a_run_of_other_settings_or_data_refuses_the_sweep(shards, tmp_path):
     other = ({"n_embd": 16}, {"data_seed": 7}, {"data": "0123"}, {})
-    reasons = ("n_embd is 32, and .* with 16", "data_seed is 1337, and .* with 7", "on other data", "at step 5 already")
+    reasons = ("--n_embd is 32, and .* was made with 16", "--data_seed is 1337, and .* was made with 7",
+               "on other data", "at step 5 already")
     jobs = plan(*flags(shards, logs_dir=tmp_path), variants=("no_moe",), seeds=(1, 2, 3, 4))
     for job, settings, reason, step in zip(jobs, other, reasons, (1, 1, 1, 5), strict=True):
         write_run(job, f"{step} train 5\n", **settings)
