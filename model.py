@@ -522,10 +522,15 @@ class CausalSelfAttention(nn.Module):
             q, k = (F.rms_norm(part, part.shape[-1:]).to(v.dtype) for part in (q, k))
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        dtype = q.dtype
+        # On the CPU the bf16 backward has a fixed cost per head: short rows are faster in float32.
+        if x.device.type == "cpu" and dtype == torch.bfloat16 and k.shape[2] <= 128 and torch.is_grad_enabled():
+            q, k, v = q.float(), k.float(), v.float()
         dropout = self.dropout if self.training else 0.0
         causal = attn_mask is None and k.shape[2] == S
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout, is_causal=causal)
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, S, D)))
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p=dropout, is_causal=causal)
+        return self.resid_dropout(self.c_proj(y.to(dtype).transpose(1, 2).reshape(B, S, D)))
 
 
 class Block(nn.Module):

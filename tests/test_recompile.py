@@ -46,8 +46,7 @@ def test_compiled_training_is_eager_training_in_a_graph_per_kind_of_block(name, 
                 model.eval()(*tokens(S=9, seed=seed))
             model.train()
     assert counter.frame_count == 3  # MoE block, dense block, chunk of the loss
-    for name, expected in gradients(eager).items():  # in bfloat16, rounded at other places
-        assert (gradients(compiled)[name] - expected).norm() < 0.02 * expected.norm(), name
+    torch.testing.assert_close(gradients(compiled), gradients(eager), rtol=1e-2, atol=1e-4)
     torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()), rtol=1e-3, atol=1e-5)
 
 
