@@ -467,7 +467,7 @@ class RouterStats:
         # The largest of all ranks by a sum: each rank fills its own row. Forwards are summed too: they may differ.
         largest_RL = self.largest_L.new_zeros(world_size, len(self.layers))
         largest_RL[rank] = self.largest_L
-        forwards = others.new_tensor([self.n_forwards])
+        forwards = others.new_full((1,), self.n_forwards)
         sums = torch.cat([others, forwards, self.sums_L.flatten(), largest_RL.flatten()])
         if world_size > 1:
             dist.all_reduce(sums)

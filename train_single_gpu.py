@@ -221,9 +221,10 @@ def train(args, machine, run):
         grad_norm = optim.clip_gradients(raw_model, args.grad_clip)
 
         # One all-reduce and one transfer. Clock and norm are rank 0's, so that all ranks decide alike.
-        mine = torch.tensor([float(stop.requested or run.lost), hours * machine.is_main], device=machine.device)
-        sums = torch.stack([*losses.values(), grad_norm * machine.is_main])
-        sums, routers = stats.reduce(torch.cat([sums, mine]), machine.rank, machine.world_size)
+        mine = float(stop.requested or run.lost), hours * machine.is_main
+        mine = [torch.full((), value, device=machine.device) for value in mine]  # torch.tensor would wait for the GPU
+        sums = torch.stack([*losses.values(), grad_norm * machine.is_main, *mine])
+        sums, routers = stats.reduce(sums, machine.rank, machine.world_size)
         *sums, grad_norm, stops, clock = sums
         streams = {name: total / machine.world_size for name, total in zip(losses, sums, strict=True)}
         if not all(map(math.isfinite, [*sums, grad_norm])):  # the last checkpoint stays as it is
@@ -367,9 +368,9 @@ def validate(model, loader, args, machine, stop, dropless=False):
     model.eval()
     n_rows = min(max(1, args.val_tokens // args.T), loader.file_rows)
     rank, world_size = machine.eval_share
-    lengths = torch.tensor(token_bytes(loader.tokenizer, loader.vocab_size), device=machine.device)  # 0: not known
+    (lengths,) = loader.to_device(token_bytes(loader.tokenizer, loader.vocab_size))  # 0: not known
     dtype = torch.float32 if machine.device.type == "mps" else torch.float64
-    sums = torch.zeros(3, dtype=dtype, device=machine.device)
+    sums = torch.zeros(2, dtype=dtype, device=machine.device)
     for first in range(rank * args.B, n_rows, world_size * args.B):
         if stop.now:
             model.train(was_training)
@@ -378,9 +379,10 @@ def validate(model, loader, args, machine, stop, dropless=False):
         with machine.autocast():
             loss = model(x, y, dropless=dropless).ce_loss
         stats.add()
-        sums += torch.stack([loss * y.numel(), lengths[y].sum(), loss.new_tensor(y.numel())]).to(sums)
+        sums += torch.stack([loss * y.numel(), lengths[y].sum()]).to(sums)
     model.train(was_training)
-    (loss, n_bytes, tokens), routers = stats.reduce(sums, rank, world_size)
+    (loss, n_bytes), routers = stats.reduce(sums, rank, world_size)
+    tokens = n_rows * args.T
     if dropless:  # nothing is logged of its routers
         return {"val_dropless": loss / tokens}
     streams = {"val": loss / tokens}

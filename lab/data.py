@@ -220,7 +220,8 @@ class DataLoader:
         x, y = self._read_rows(epoch, row + self.rank * self.B, self.seed, self.B)
         return x, y, self._seek(epoch, row + self.world_size * self.B, self.seed)[:2]
 
-    def _to_device(self, *arrays):
+    def to_device(self, *arrays):
+        """Tensors of these arrays on the device, without waiting for a GPU."""
         import torch  # here, not above: fineweb.py uses this file without torch
 
         tensors = [torch.from_numpy(array) for array in arrays]
@@ -233,11 +234,11 @@ class DataLoader:
         future, self.ahead = self.ahead or self.pool.submit(self._read_batch, *self.position), None
         x, y, self.position = future.result()
         self.ahead = self.pool.submit(self._read_batch, *self.position)
-        return self._to_device(x, y)
+        return self.to_device(x, y)
 
     def rows_at(self, first, count):
         """(x, y), int64 (count, T): rows of the split in file order, from the first again at its end. Stateless."""
-        return self._to_device(*self._read_rows(0, first % self.file_rows, None, count))
+        return self.to_device(*self._read_rows(0, first % self.file_rows, None, count))
 
     def state_dict(self):
         """The position, equal on every rank, and the settings and shards it belongs to."""
