@@ -32,7 +32,7 @@ from typing import Annotated, Literal, NamedTuple
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise each use of the profiler prints two lines
 
 from lab import common
-from lab.common import NotNegative, Positive, Range, UserError
+from lab.common import Fraction, NotNegative, Positive, Range, UserError
 
 # isort: split
 import torch
@@ -80,7 +80,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"  # Device
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Matrix products; auto: bfloat16 on cuda
     use_compile: bool = True  # torch.compile, on cuda
-    compile_on_cpu: bool = False  # torch.compile on the CPU too
+    activation_memory_budget: Fraction | None = None  # Part of its activations that a compiled block keeps
     recompute: Literal["none", "blocks"] = "none"  # Activations computed again in backward
     threads: NotNegative = 0  # Threads of torch on the CPU (0: all cores)
     clock: Literal["wall", "cpu"] = "wall"  # cpu: time of the process, for --threads 1 on a busy machine

@@ -112,8 +112,8 @@ class Args(GPTConfig):
     device: str = "auto"  # cuda, mps or cpu (default: the first available)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # Matrix products; auto: bfloat16 on CUDA that computes it
     use_compile: bool = True  # torch.compile, on CUDA
-    compile_on_cpu: bool = False  # torch.compile on a CPU too (slow to start, needs a C++ compiler)
-    recompute: Literal["none", "blocks"] = "none"  # Compute blocks again in backward, to save memory
+    activation_memory_budget: Fraction | None = None  # Part of activations that compiled blocks keep (default: all)
+    recompute: Literal["none", "blocks"] = "none"  # Compute blocks again in backward, compiled or not
     fsdp: bool = False  # Shard parameters, gradients and optimizer over the ranks (torchrun)
     dist_timeout: Positive = 600  # Seconds until ranks that wait for a dead one stop
 
@@ -132,8 +132,12 @@ class Args(GPTConfig):
         if self.block_size is not None and self.block_size < self.T:
             raise ValueError(f"T {self.T} is more than block_size {self.block_size}: lower it")
         if self.fsdp and (devices.world()[1] == 1 or self.optimizer != "adamw"):
+        if self.activation_memory_budget is not None and (counted or self.use_noisy_top_k or self.dropout):
+            raise ValueError("activation_memory_budget is not for use_noisy_top_k, dropout and balance_scope step: the "
+                             "compiler would draw and count again in backward; leave it out")
             raise ValueError("fsdp shards AdamW over ranks: start with torchrun --nproc_per_node=N, --optimizer adamw")
-        if self.recompute == "blocks" and self.use_aux_loss and self.balance_scope == "step":
+        counted = self.use_aux_loss and self.balance_scope == "step"
+        if self.recompute == "blocks" and counted:
             raise ValueError("recompute blocks would count each micro-batch twice in balance_scope step: leave one out")
         if self.optimizer == "muon" and not self.max_lr:
             raise ValueError("max_lr must be above 0 for muon: the schedule is relative to it")

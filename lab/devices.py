@@ -152,11 +152,15 @@ def parallelize(model, args, machine):
     """Compile the model block by block, wrap it in DDP or FSDP; parameters are shared with `model`."""
     if is_compiled(args, machine):
         compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
+        if args.activation_memory_budget is not None:
+            torch._functorch.config.activation_memory_budget = args.activation_memory_budget
         if machine.device.type == "cpu" and not any(map(shutil.which, compilers)):
             raise UserError("--compile_on_cpu needs a C++ compiler: install g++, or leave it out")
         # Blocks are DDP's own overlap of compute and reduction; its optimizer would split each of them again.
         torch._dynamo.config.optimize_ddp = False
         for block in model.transformer.h:
+    elif args.activation_memory_budget is not None:
+        raise UserError("--activation_memory_budget is for compiled blocks, on CUDA: here pass --recompute blocks")
             # Compiled, F.grouped_mm takes bfloat16 alone: in float32 the blocks of experts run eager.
             if machine.dtype == torch.bfloat16 or not block.is_moe:
                 block.forward = torch.compile(block.forward)

@@ -1,8 +1,10 @@
-"""Blocks compiled on the CPU: one graph per kind, none compiled again, none split by DDP, gradients as eager ones."""
+"""Blocks compiled on the CPU: one graph per kind, none compiled again, none split by DDP, gradients as eager ones;
+what they keep for backward."""
 
 import copy
 import functools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -23,10 +25,42 @@ def count_graphs(compile=torch.compile):
     return counter, functools.partial(compile, backend=counter, fullgraph=True)
 
 
-def parallel(model, world_size=1):
-    args = SimpleNamespace(use_compile=True, compile_on_cpu=True, recompute="none", fsdp=False)
+def parallel(model, world_size=1, budget=None):
+    """The model as on CUDA, in bfloat16."""
+    args = SimpleNamespace(activation_memory_budget=budget, recompute="none", fsdp=False)
     machine = devices.Machine(torch.device("cpu"), torch.bfloat16, 0, world_size, False)
-    return devices.parallelize(model, args, machine)
+    with mock.patch.object(devices, "is_compiled", lambda *_: True):
+        return devices.parallelize(model, args, machine)
+
+
+def kept_bytes(call, model, x, y):
+    """Bytes that a forward keeps for its backward, which it makes, without the weights."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = call(x, y).loss
+        total = sum(n_bytes for pointer, n_bytes in kept.items() if pointer not in weights)
+    loss.backward()
+    return total
+
+
+def test_a_budget_of_memory_keeps_less_for_backward_and_changes_no_gradient(monkeypatch):
+    """Of dense and of MoE blocks; 0 keeps what enters a block and what the loss keeps."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    kept, found = {}, {}
+    for budget in (None, 0.0):
+        torch._dynamo.reset()
+        model = make(n_layer=2, n_exp=4, n_embd=64, use_aux_loss=True)
+        with torch._functorch.config.patch(activation_memory_budget=1.0):  # and back to that
+            kept[budget] = kept_bytes(parallel(model, budget=budget), model, *tokens(S=32))
+        found[budget] = gradients(model)
+        torch.testing.assert_close(found[budget], found[None], rtol=1e-2, atol=1e-4)
+    assert kept[0.0] < 0.2 * kept[None]
 
 
 @pytest.mark.parametrize("name", ["tight", "aux_step", "all_tricks"])
