@@ -67,7 +67,6 @@ class Args(GPTConfig):
     eval_only: bool = False  # Print train and val loss of the model as it is, and stop
     logs_dir: str = "logs"  # Folder of the run folders {name}_seed_{seed}
     tracker: str = ""  # Log to this module too: wandb, trackio, swanlab
-    yes: bool = False  # Start although the run would take more than a day on a CPU
 
     # data
     data_root: str = "edu_fineweb10B"  # Folder of token shards, made by fineweb.py
@@ -88,8 +87,7 @@ class Args(GPTConfig):
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: hidden matrices
     muon_lr: FiniteAboveZero = 0.02  # Peak learning rate of Muon's matrices; all other weights have max_lr
     weight_decay: Rate = 0.1  # Decay of weights, not of biases and norms
-    beta1: Fraction = 0.9  # First moment of AdamW
-    beta2: Fraction = 0.95  # Second moment of AdamW
+    beta2: Fraction = 0.95  # Second moment of AdamW; the first is 0.9
     grad_clip: AboveZero = 1.0  # Largest gradient norm; inf does not clip
 
     # evaluation and samples
@@ -99,14 +97,12 @@ class Args(GPTConfig):
     hellaswag_data: str = ""  # HellaSwag jsonl (default: data/hellaswag, downloaded when missing)
     hellaswag_limit: Positive | None = None  # Examples (default: all 10,042; 200 on a CPU)
     sample_from_model_every: NotNegative = 250  # Steps between samples; 0: never
-    sample_prompt: str = "Hello, I'm a language model,"  # Prompt of the samples; may be empty
 
     # checkpoints
     save_checkpoint: bool = True  # Write checkpoints
     save_checkpoint_every: Positive = 10_000  # Steps between checkpoints; also at the end and when stopped
     checkpoint_dir: str = ""  # Folder of {name}_seed_{seed} (default: the run's folder)
     keep_checkpoints: Positive = 3  # Newest checkpoints to keep
-    keep_best: bool = False  # Keep the checkpoint of the best val too, in the folder best
 
     # machine
     device: str = "auto"  # cuda, mps or cpu (default: the first available)
@@ -132,13 +128,13 @@ class Args(GPTConfig):
         if self.block_size is not None and self.block_size < self.T:
             raise ValueError(f"T {self.T} is more than block_size {self.block_size}: lower it")
         if self.fsdp and (devices.world()[1] == 1 or self.optimizer != "adamw"):
-        if self.activation_memory_budget is not None and (counted or self.use_noisy_top_k or self.dropout):
-            raise ValueError("activation_memory_budget is not for use_noisy_top_k, dropout and balance_scope step: the "
-                             "compiler would draw and count again in backward; leave it out")
             raise ValueError("fsdp shards AdamW over ranks: start with torchrun --nproc_per_node=N, --optimizer adamw")
         counted = self.use_aux_loss and self.balance_scope == "step"
         if self.recompute == "blocks" and counted:
             raise ValueError("recompute blocks would count each micro-batch twice in balance_scope step: leave one out")
+        if self.activation_memory_budget is not None and (counted or self.use_noisy_top_k or self.dropout):
+            raise ValueError("activation_memory_budget is not for use_noisy_top_k, dropout and balance_scope step: the "
+                             "compiler would draw and count again in backward; leave it out")
         if self.optimizer == "muon" and not self.max_lr:
             raise ValueError("max_lr must be above 0 for muon: the schedule is relative to it")
 
@@ -170,11 +166,10 @@ def train(args, machine, run):
         step, hours, best, run.state = resumed["step"], resumed["hours"], resumed["best"], None
     tokenizer, examples = load_evaluations(args, machine, run, train_loader)
     devices.from_rank_0(machine, start, run, args, machine, raw_model, train_loader, val_loader, step)
-    groups = [None, None]  # of the threads that write sharded checkpoints
+    group = None  # of the threads that write sharded checkpoints
     if args.fsdp:
-        groups = [dist.new_group(backend="gloo", timeout=timedelta(seconds=args.dist_timeout)) for _ in groups]
-    saver = checkpoint.BackgroundSaver(run.checkpoints, args.keep_checkpoints, groups[0])
-    best_saver = checkpoint.BackgroundSaver(run.checkpoints / "best", 1, groups[1])
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.dist_timeout))
+    saver = checkpoint.BackgroundSaver(run.checkpoints, args.keep_checkpoints, group)
     compiled = devices.is_compiled(args, machine)
     grad_accum = args.total_batch_size // (args.B * args.T * machine.world_size)
     first_step, clock = step, hours  # clock: the hours of rank 0, one step behind
@@ -191,7 +186,6 @@ def train(args, machine, run):
                     streams |= validate(raw_model, val_loader, args, machine, stop, dropless=True)
             if examples and due(step, args.hellaswag_every, last) and not stop.now:
                 streams |= hellaswag.evaluate(raw_model, examples, machine)
-            is_best = streams.get("val", math.inf) < best
             best = min(best, streams.get("val", math.inf))
             if streams and not stop.now:
                 run.log(step, streams)
@@ -203,10 +197,7 @@ def train(args, machine, run):
         # Checkpoint. Evaluation comes first and is repeated on resume, so that a resumed log equals one left alone.
         if step > first_step and (last or stop.now or step % args.save_checkpoint_every == 0):
             save(saver, run, raw_model, optimizer, train_loader, step, hours, best)
-        if args.keep_best and is_best and step > first_step:
-            save(best_saver, run, raw_model, optimizer, train_loader, step, hours, best)
         if last or stop.now:
-            warn(run, best_saver.wait())
             return finish(saver, run, step, best, done=not stop.now)
 
         # One step: gradients of grad_accum micro-batches. Losses and statistics stay on the device.
@@ -342,8 +333,9 @@ def start(run, args, machine, model, train_loader, val_loader, step):
     if machine.device.type == "cpu":
         days = (end - step) * args.total_batch_size * flops / devices.matmul_rate() / 86400
         run.say(f"on this CPU at least {24 * days:,.1f} hours" if days > 0.1 else f"about {1440 * days:,.1f} minutes")
-        if days > 1 and not args.yes:
-            raise UserError("that is more than a day: pass --yes, or a smaller model (--n_layer 4 --n_embd 128 --T 64)")
+        if days > 1:
+            run.say("warning: for a run of minutes: --n_layer 4 --n_embd 128 --T 64 --total_batch_size 1024 "
+                    "--max_steps 2000")
     pairs = None
     if not run.resumed:
         texts = []
@@ -399,7 +391,7 @@ def validate(model, loader, args, machine, stop, dropless=False):
 
 def say_samples(run, model, tokenizer, args, machine, step):
     try:
-        texts = sample.continue_prompt(model, tokenizer, args.sample_prompt, 4, 32, args.seed, machine)
+        texts = sample.continue_prompt(model, tokenizer, "Hello, I'm a language model,", 4, 32, args.seed, machine)
     except sample.BrokenModel as error:  # the next step says that the run diverged
         texts = [f"none: {error}"]
     for i, text in enumerate(texts):

@@ -8,7 +8,6 @@ import functools
 import inspect
 import os
 import platform
-import shutil
 import time
 from datetime import timedelta
 from typing import NamedTuple
@@ -145,26 +144,23 @@ def from_rank_0(machine, function, *args):
 
 
 def is_compiled(args, machine):
-    return args.use_compile and (machine.device.type == "cuda" or args.compile_on_cpu)
+    return args.use_compile and machine.device.type == "cuda"
 
 
 def parallelize(model, args, machine):
     """Compile the model block by block, wrap it in DDP or FSDP; parameters are shared with `model`."""
     if is_compiled(args, machine):
-        compilers = (os.environ.get("CXX", "g++"), "clang++", "cl")
-        if args.activation_memory_budget is not None:
-            torch._functorch.config.activation_memory_budget = args.activation_memory_budget
-        if machine.device.type == "cpu" and not any(map(shutil.which, compilers)):
-            raise UserError("--compile_on_cpu needs a C++ compiler: install g++, or leave it out")
         # Blocks are DDP's own overlap of compute and reduction; its optimizer would split each of them again.
         torch._dynamo.config.optimize_ddp = False
+        if args.activation_memory_budget is not None:
+            torch._functorch.config.activation_memory_budget = args.activation_memory_budget
         for block in model.transformer.h:
-    elif args.activation_memory_budget is not None:
-        raise UserError("--activation_memory_budget is for compiled blocks, on CUDA: here pass --recompute blocks")
             # Compiled, F.grouped_mm takes bfloat16 alone: in float32 the blocks of experts run eager.
             if machine.dtype == torch.bfloat16 or not block.is_moe:
                 block.forward = torch.compile(block.forward)
         model.cross_entropy = functools.partial(model.cross_entropy, chunk_loss=torch.compile(chunk_loss))
+    elif args.activation_memory_budget is not None:
+        raise UserError("--activation_memory_budget is for compiled blocks, on CUDA: here pass --recompute blocks")
     if args.recompute == "blocks":
         for block in model.transformer.h:
             block.forward = computed_again(block.forward)

@@ -87,7 +87,7 @@ def parameter_groups(model, args):
 
 def build_optimizer(model, args):
     """AdamW, or Muon with AdamW, over exactly the model's parameters."""
-    groups, betas = parameter_groups(model, args), (args.beta1, args.beta2)
+    groups, betas = parameter_groups(model, args), (0.9, args.beta2)
     if args.optimizer == "muon":
         return Muon(groups, lr=args.max_lr, betas=betas, eps=1e-8)
     return torch.optim.AdamW(groups, lr=args.max_lr, betas=betas, eps=1e-8, fused=True)

@@ -17,9 +17,9 @@ from lab.common import UserError
 SEEDS = ("seed", "data_seed")  # the settings in which the runs of a group differ
 # Settings that cannot change what a run computes: not part of a group's identity.
 UNCOUNTED = (
-    "name", "logs_dir", "checkpoint_dir", "resume", "branch", "eval_only", "data_root", "stop_after", "yes", "tracker",
-    "sample_from_model_every", "sample_prompt", "hellaswag_data", "save_checkpoint", "save_checkpoint_every",
-    "keep_checkpoints", "keep_best", "device", "compile_on_cpu", "use_compile", "recompute", "fsdp", "dist_timeout",
+    "name", "logs_dir", "checkpoint_dir", "resume", "branch", "eval_only", "data_root", "stop_after", "tracker",
+    "sample_from_model_every", "hellaswag_data", "save_checkpoint", "save_checkpoint_every", "keep_checkpoints",
+    "device", "use_compile", "activation_memory_budget", "recompute", "fsdp", "dist_timeout",
 )
 # Settings that may change when a run is resumed: it is then still the same run.
 MAY_CHANGE = (

@@ -59,7 +59,7 @@ def tiny(**settings):
         "n_layer": 2, "n_head": 2, "n_embd": 32, "dropout": 0.0, "bias": True, "n_exp": 4, "top_k": 2, "stride": 2,
         "gate": "topk_softmax", "use_noisy_top_k": False, "use_aux_loss": False, "use_router_z_loss": False,
         "train_capacity": 1.25, "eval_capacity": 2.0, "min_capacity": 4, "T": 32, "B": 4, "total_batch_size": 256,
-        "max_steps": 10, "warmup_steps": 4, "max_lr": 3e-3, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95,
+        "max_steps": 10, "warmup_steps": 4, "max_lr": 3e-3, "weight_decay": 0.1, "beta2": 0.95,
         "schedule": "cosine", "optimizer": "adamw", "val_loss_every": 5, "val_tokens": 256, "hellaswag_every": 0,
         "sample_from_model_every": 0, "save_checkpoint_every": 10_000, "keep_checkpoints": 3, "device": "cpu",
         "dtype": "float32", "logs_dir": "logs", "checkpoint_dir": "",

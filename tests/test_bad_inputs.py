@@ -23,7 +23,7 @@ ROWS = [
     (f"{TRAIN} --gate relu", "relu"), (f"{TRAIN} --B", "--B"), ("fineweb --frobnicate", "frobnicate"),
     # a value outside its range, nan, a contradiction
     (f"{TRAIN} --B 0", "B must be at least 1"), (f"{TRAIN} --max_lr nan", "max_lr must be"),
-    (f"{TRAIN} --beta1 1", "beta1 must be"), (f"{TRAIN} --grad_clip 0", "grad_clip must be above 0"),
+    (f"{TRAIN} --beta2 1", "beta2 must be"), (f"{TRAIN} --grad_clip 0", "grad_clip must be above 0"),
     (f"{TRAIN} --n_exp 2 --top_k 3", "top_k 3 is more"), (f"{TRAIN} --n_embd 30 --n_head 4", "not divisible"),
     (f"{TRAIN} --total_batch_size 1000", "nearest is --total_batch_size 1024"), (f"{TRAIN} --fsdp", "torchrun"),
     (f"{TRAIN} --block_size 16", "lower it"), (f"{TRAIN} --use_bias_balance --use_quantile_balance", "choose one"),

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from conftest import ROOT, end, flags, fork_ranks, free_port, lines, script, streams, tiny
 
 import train_single_gpu as trainer
-from lab import checkpoint, common
+from lab import checkpoint, common, devices
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -42,7 +42,8 @@ def train_one_after_another(runs):
     warnings.simplefilter("ignore", UserWarning)
     dist.init_process_group("gloo")
     for settings in runs:
-        if settings.get("compile_on_cpu"):  # the same graphs; inductor would take a minute to compile them
+        if settings.pop("compiled", False):  # the same graphs; inductor would take a minute to compile them
+            devices.is_compiled = lambda *_: True
             torch.compiler.set_stance(force_backend="aot_eager")
         logs_dir = settings["logs_dir"].replace("{rank}", os.environ["RANK"])
         assert trainer.run(trainer.Args(**settings | {"logs_dir": logs_dir})) == 0
@@ -97,7 +98,7 @@ def test_a_sharded_checkpoint_continues_on_fewer_ranks_and_on_one(alone, shards,
 
 def test_compiled_blocks_make_the_run_of_one(alone, shards, tmp_path):
     """Each block compiled by itself, under DDP, and under FSDP with its activations computed again in backward."""
-    settings = {"data_root": str(shards), "compile_on_cpu": True} | VARIANTS["aux"]
+    settings = {"data_root": str(shards), "compiled": True} | VARIANTS["aux"]
     runs = [settings | {"name": "ddp"}, settings | {"name": "fsdp", "fsdp": True, "recompute": "blocks"}]
     for found in launch(2, tmp_path, *runs).values():
         agree(found, alone["aux"], ("train", "val", "aux_loss"))

@@ -64,7 +64,7 @@ def compute(config, device, dtype, chosen=(), compiled=False, mix=None):
         if mix:
             moe.mix = functools.partial(mix, moe)
     machine = devices.Machine(torch.device(device), dtype, rank=0, world_size=1, fsdp=False)
-    args = SimpleNamespace(use_compile=compiled, compile_on_cpu=compiled, recompute="none", fsdp=False)
+    args = SimpleNamespace(use_compile=compiled, activation_memory_budget=None, recompute="none", fsdp=False)
     call = devices.parallelize(model, args, machine)
     ids = torch.randint(config.vocab_size, (4, 65), generator=torch.Generator().manual_seed(2)).to(device)
     with mock.patch("torch.randn_like", noise_of_the_cpu), machine.autocast():

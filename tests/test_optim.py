@@ -19,7 +19,7 @@ def settings(**changed):
     defaults = {
         "max_lr": 1.0, "min_lr": 0.2, "warmup_steps": 10, "max_steps": 110, "schedule": "cosine", "decay_steps": None,
         "max_minutes": None, "weight_decay": 0.1, "muon_lr": 20.0,
-        "optimizer": "adamw", "beta1": 0.8, "beta2": 0.9,
+        "optimizer": "adamw", "beta2": 0.9,
     }
     return SimpleNamespace(**defaults | changed)
 
