@@ -2,9 +2,9 @@
 
     LD_PRELOAD=fake_cuda.so PYTHONPATH=.:tests python results/bench/kept_activations.py
 
-The library is built as in tests/test_cuda_path.py. A block is compiled for the fake device, 16 x 1,024 tokens in bfloat16,
-up to Inductor's kernels: what the compiler keeps is what its backward is given. Attention is flash attention, which that
-device would not choose.
+The library is built as in tests/test_cuda_path.py. A block is compiled for the fake device, 16 x 1,024 tokens in
+bfloat16, up to Inductor's kernels: what the compiler keeps is what its backward is given. Attention is flash attention,
+which that device would not choose.
 """
 
 import functools
