@@ -25,7 +25,8 @@ none, as models of other shape draw other weights: Welch's test. Holm's method c
     works, harms        the loss is lower, higher, and p after Holm's correction is below 0.05
 
 Effective speedup x: the tokens, FLOPs or hours that the baseline would need to reach a run's loss, over those of the
-run, by loss = limit + scale / tokens ** exponent through baselines of three lengths. FLOPs are without Muon's own.
+run, by loss = limit + scale / tokens ** exponent through baselines of three lengths. FLOPs are of the model and of Muon's
+products.
 """
 
 import json
@@ -88,7 +89,7 @@ def add_groups(table):
             table.loc[rows.index, "settings"] += ", " + column + " " + rows[column]
     table["settings"] = table.settings.str.removeprefix(", ")
     table["tokens"] = table.step * table.get("total_batch_size", math.nan)
-    table["flops"] = table.tokens * table.flops_per_token
+    table["flops"] = table.tokens * table.flops_per_token + table.step * table.optimizer_flops.astype(float).fillna(0)
     return table
 
 

@@ -33,7 +33,7 @@ from lab.common import DIVERGED, DONE, INTERRUPTED, FiniteAboveZero, Positive, S
 import torch
 
 import train_single_gpu
-from lab import checkpoint, data, runs
+from lab import checkpoint, data, optim, runs
 from model import GPT
 from variants import VARIANTS
 
@@ -269,7 +269,8 @@ def show_cost(jobs, n_slots, tok_per_sec):
         steps = job.args.max_steps - job.step if job.state == "waiting" else 0
         tokens = steps * job.args.total_batch_size
         with torch.device("meta"):  # shapes without memory
-            flops = tokens * GPT(job.args.model_config()).estimate_flops_per_token(job.args.T)
+            model = GPT(job.args.model_config())
+        flops = tokens * model.estimate_flops_per_token(job.args.T) + steps * optim.flops_per_step(model, job.args)
         total_tokens += tokens
         total_flops += flops
         print(f"{job.name}: {job.state}, {tokens:.3g} tokens, {flops:.3g} FLOPs\n    {shlex.join(job.command)}")

@@ -322,13 +322,13 @@ def load_evaluations(args, machine, run, loader):
 
 def start(run, args, machine, model, train_loader, val_loader, step):
     """Rank 0: say what is about to run and how much it will cost; write config.json, open the log."""
-    flops = model.estimate_flops_per_token(args.T)
+    flops, of_optimizer = model.estimate_flops_per_token(args.T), optim.flops_per_step(model, args)
     here = logger.describe_machine(machine.device)
     end = min(args.max_steps, args.stop_after or args.max_steps)
     micro_batches = args.total_batch_size // (args.B * args.T)
     run.say(f"{run.folder}: {model.num_params():,} parameters, {model.num_active_params():,} active per token")
     run.say(f"{end:,} steps of {args.total_batch_size:,} tokens, {micro_batches} micro-batches of {args.B} x {args.T}; "
-            f"{end * args.total_batch_size * flops:.3g} FLOPs; data: {train_loader.describe()}")
+            f"{end * (args.total_batch_size * flops + of_optimizer):.3g} FLOPs; data: {train_loader.describe()}")
     run.say(f"{here['device']}, {machine.dtype}, {machine.world_size} process(es), torch {here['torch']}")
     if machine.device.type == "cpu":
         days = (end - step) * args.total_batch_size * flops / devices.matmul_rate() / 86400
@@ -347,7 +347,7 @@ def start(run, args, machine, model, train_loader, val_loader, step):
         "model": dataclasses.asdict(model.config), "data": fingerprint(args.data_root),
         "tokenizer": train_loader.tokenizer, "parameters": model.num_params(),
         "active_parameters": model.num_active_params(), "flops_per_token": flops,
-        "tokens_per_step": args.total_batch_size, "pair_loss": pairs, **here,
+        "optimizer_flops": of_optimizer, "tokens_per_step": args.total_batch_size, "pair_loss": pairs, **here,
         "dtype": str(machine.dtype).removeprefix("torch."), "world_size": machine.world_size,
     })
 

@@ -85,6 +85,17 @@ def parameter_groups(model, args):
     return list(groups.values())
 
 
+def flops_per_step(model, args):
+    """FLOPs of Muon's products in one step, 0 for AdamW: STEPS times 4 m^2 n + 2 m^3 for each matrix m x n, m <= n."""
+    flops = 0
+    for group in parameter_groups(model, args):
+        for p in group["params"] if group["matrices"] else ():
+            rows = p.shape[1] if p.dim() == 3 else p.shape[0] // group["matrices"]
+            m, n = sorted((rows, p.shape[-1]))
+            flops += STEPS * p.numel() * (4 * m + 2 * m * m / n)
+    return flops
+
+
 def build_optimizer(model, args):
     """AdamW, or Muon with AdamW, over exactly the model's parameters."""
     groups, betas = parameter_groups(model, args), (0.9, args.beta2)

@@ -18,7 +18,7 @@ from lab.common import UserError, atomic_write
 
 LOADS = ("max_vio", "worst_vio", "drop_frac", "val_drop")
 NUMBERS = ("val", "best_val", "val_bpb", "hella", "best_hella", "hours", "tok_per_sec", "spikes", *LOADS)
-FACTS = ("parameters", "active_parameters", "flops_per_token", "commit", "machine")
+FACTS = ("parameters", "active_parameters", "flops_per_token", "optimizer_flops", "commit", "machine")
 MEASURED = ("run", "name", "state", "step", *NUMBERS, *FACTS)  # all other columns of a table are settings
 POINTS = 40  # means that are kept of a stream that is logged at every step
 

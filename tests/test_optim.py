@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lab import optim
 from lab.common import UserError
@@ -170,6 +171,17 @@ def test_muon_follows_its_formula_for_each_matrix_and_the_rest_is_adamws(fields)
         weights = matrices_of(name, start.get_parameter(name))
         for ours, weight, *of_matrix in zip(matrices_of(name, p), weights, *gradients, strict=True):
             torch.testing.assert_close(ours, muon_by_svd(weight, of_matrix, 0.02, 0.1), rtol=1e-6, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("fields", [*MODELS.values(), {"expert_hidden": 8, "n_exp": 4}])
+def test_the_flops_of_an_update_are_those_that_torch_counts(fields):
+    model, args = small_model(**fields), settings(optimizer="muon")
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    with FlopCounterMode(display=False) as counter:
+        optim.build_optimizer(model, args).step()
+    assert optim.flops_per_step(model, args) == counter.get_total_flops() > 0
+    assert optim.flops_per_step(model, settings()) == 0
 
 
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)], ids=str)
