@@ -25,7 +25,7 @@ none, as models of other shape draw other weights: Welch's test. Holm's method c
     works, harms        the loss is lower, higher, and p after Holm's correction is below 0.05
 
 Effective speedup x: the tokens, FLOPs or hours that the baseline would need to reach a run's loss, over those of the
-run, by loss = limit + scale / tokens ** exponent through baselines of three lengths. FLOPs are of the model and of Muon's
+run, by loss = limit + scale / tokens ** exponent through baselines of three lengths. FLOPs are of the model and Muon's
 products.
 """
 
@@ -100,6 +100,10 @@ def at_best_rates(table, selection=()):
     tied. `rate`: whether the best is the arm's own, at the edge of its rates, or the only one, shared with others.
     """
     selection, found = set(selection or sorted(set(table.seed))[: table.seed.nunique() // 2]), []
+    for rate in RATES:  # sweep.py --rates calls its runs {variant}_lr_{rate}
+        if rate in table:
+            pairs = zip(table.name, table[rate], strict=True)
+            table = table.assign(name=[name.removesuffix(f"_lr_{value:g}") for name, value in pairs])
     for _, arm in table.groupby([column for _, column in in_words(table, RATES).items()], sort=False):
         tried = arm[arm.seed.isin(selection)].groupby("group")
         whole = tried.state.agg(lambda states: set(states) == {"ok"}) & (tried.seed.nunique() == len(selection))

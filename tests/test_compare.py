@@ -258,7 +258,8 @@ def test_rates_are_chosen_on_other_seeds_than_those_reported(tmp_path):
                 unlucky = 1.0 if seed > 2 and rate == 1e-3 else 0.0  # what reported seeds say must not choose
                 log = "0 val 5\n9 diverged 1\n" if (name, rate, seed) == ("only_moe", 4e-3, 2) else ""
                 folder, n_exp = tmp_path / f"{rate:g}", 1 if name == "no_moe" else 8
-                write_run(folder, name, seed, val - unlucky + seed / 100, log, max_lr=rate, n_exp=n_exp)
+                run = f"{name}_lr_{rate:g}"  # as sweep.py --rates calls it
+                write_run(folder, run, seed, val - unlucky + seed / 100, log, max_lr=rate, n_exp=n_exp)
     dense, moe = (row for _, row in groups_of(tmp_path, baseline="no_moe", best_rate=True).iterrows())
     assert (dense.rate, dense.n) == ("own: max_lr 0.002", 2) and dense.val == pytest.approx(1.935)
     assert moe.rate == "own: max_lr 0.001=0.002", "4e-3 failed on a selection seed; the others are within 0.1 %"
